@@ -1,0 +1,1 @@
+"""Backbones: loading and saving them (`load`), and their layer groups (`anatomy`, `anatomies`)."""
