@@ -1,0 +1,48 @@
+"""What a recipe says about the data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hf_finetune.spec import Auto, Spec
+
+LabelKind = Literal["single", "multi", "regression"]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class ColumnsSpec(Spec):
+    """Which columns of the table hold what."""
+
+    image: str = "image"
+    text: str | Annotated[list[str], Field(min_length=1, max_length=2)] = "text"
+    """One column, or a list of two for sentence pairs."""
+    label: str = "label"
+
+
+class DataSpec(Spec):
+    """The examples to learn from and to be measured on."""
+
+    path: str | Annotated[list[str], Field(min_length=1)] = "shipped/digits"
+    """Hub id, image folder, csv/tsv/json/jsonl/parquet file(s), a folder from `save_to_disk`, or `shipped/…`."""
+    config: str | None = None
+    """Configuration name of a Hub data set."""
+    revision: str | None = None
+    train: str = "train"
+    """Split name, slice (`train[:90%]`) or file name."""
+    validation: Auto | Fraction | str = "auto"
+    """Split name or slice, a fraction of train, or auto: the set's own validation split, else 0.2 of train."""
+    test: str | None = None
+    columns: ColumnsSpec = ColumnsSpec()
+    labels: LabelKind = "single"
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
+    """`balanced` weighs a class by the inverse of its frequency in train; a mapping gives weights by label name."""
+    max_samples: Annotated[int, Field(ge=1)] | None = None
+    """Per split, drawn with the seed; for trying things out."""
+    max_length: Annotated[int, Field(ge=2)] | Auto = "auto"
+    """Tokens kept of a text; auto = what the backbone takes, at most 512."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do about a row that cannot be used: name it and stop, or skip and count it."""
+    workers: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Processes that load data, per training process; auto = none for text, for images by the cores free."""

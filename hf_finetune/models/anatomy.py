@@ -1,0 +1,56 @@
+"""The anatomy of a backbone: its layer groups from input to output, and what each parameter is.
+
+Plain data without tensors, so that strategies can be written, checked and tested without a network in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Family = Literal["cnn", "vit", "text"]
+
+HEAD = "head"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter tensor by its qualified name."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: str
+    """Name of the layer group it belongs to."""
+    is_bias: bool
+    in_norm: bool
+    """Weight or bias of a normalisation layer, by module type (BatchNorm and GroupNorm included)."""
+    decays: bool
+    """Whether weight decay applies: not to biases, normalisation layers, nor what the architecture exempts."""
+    is_new: bool = False
+    """Newly initialised: the checkpoint does not hold it."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        size = 1
+        for side in self.shape:
+            size *= side
+        return size
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A backbone as an ordered list of layer groups: stem, block.0 … block.N-1, head."""
+
+    family: Family
+    groups: tuple[str, ...]
+    """Names from input to output; the last is `head`."""
+    parameters: tuple[Parameter, ...]
+
+    def names_in(self, groups: set[str] | frozenset[str]) -> frozenset[str]:
+        """Return the names of the parameters of these layer groups."""
+        return frozenset(p.name for p in self.parameters if p.group in groups)
+
+    def depth_from_top(self, group: str) -> int:
+        """Return how many layer groups lie above: 0 for the head."""
+        return len(self.groups) - 1 - self.groups.index(group)

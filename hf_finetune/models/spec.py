@@ -1,0 +1,30 @@
+"""What a recipe says about the backbone."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from hf_finetune.spec import Spec
+
+HeadInit = Literal["zero", "library"]
+
+
+class BackboneSpec(Spec):
+    """The pretrained network to adapt."""
+
+    id: str = Field("shipped/tiny-resnet", min_length=1)
+    """Hub id (`timm/…`, or any transformers repository), local folder in Hub layout, or `shipped/…`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    pretrained: bool = True
+    """False starts from random weights."""
+    options: dict[str, Any] = {}
+    """Passed to the model's constructor (`drop_path_rate`, `attn_implementation`, …)."""
+    head_init: HeadInit = "zero"
+    """`zero` starts the new output layer at zero, so the first loss is ln(classes); `library` keeps the library's own."""
+    min_loaded: float = Field(0.9, ge=0, le=1)
+    """Smallest share of the backbone's parameters the checkpoint must fill."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with a Hub repository; needs `revision`."""

@@ -1,0 +1,79 @@
+"""Watching the validation set: the best value, early stopping, plateaus."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hf_finetune.spec import Auto, Duration, DurationField, Spec
+
+Mode = Literal["max", "min"]
+
+
+class PatienceSpec(Spec):
+    """How many evaluations without an improvement of at least `min_delta` are too many."""
+
+    patience: Annotated[int, Field(ge=1)] = 3
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+
+
+class MonitorSpec(Spec):
+    """What is measured, how often, and what follows from it."""
+
+    metric: str = "auto"
+    """What "best" means; auto = accuracy for single labels, f1_micro for multi-label, mse for regression."""
+    mode: Mode | Auto = "auto"
+    """auto = what the metric says."""
+    metrics: list[str] = []
+    """Further metrics to report."""
+    evaluate: DurationField = Duration(1, "epochs")
+    early_stopping: PatienceSpec | None = None
+
+
+@dataclass
+class Patience:
+    """Counts evaluations without improvement; equal values do not improve."""
+
+    mode: Mode
+    patience: int
+    min_delta: float = 0.0
+    best: float | None = None
+    waited: int = 0
+
+    def exhausted_by(self, value: float) -> bool:
+        """Take in one value; return whether `patience` values in a row brought no improvement."""
+        if self.best is None or is_better(value, self.best, self.mode, self.min_delta):
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
+
+    def restart(self) -> None:
+        """Count afresh, keeping the best value seen."""
+        self.waited = 0
+
+
+@dataclass
+class Best:
+    """The best value of the monitored metric so far and where it was seen."""
+
+    mode: Mode
+    value: float | None = None
+    step: int = 0
+    epoch: float = 0.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def update(self, value: float, *, step: int, epoch: float, metrics: dict[str, Any]) -> bool:
+        """Take in one evaluation; return whether it is the best so far (a tie keeps the earlier one)."""
+        if math.isnan(value) or (self.value is not None and not is_better(value, self.value, self.mode)):
+            return False
+        self.value, self.step, self.epoch, self.metrics = value, step, epoch, metrics
+        return True
+
+
+def is_better(value: float, than: float, mode: Mode, min_delta: float = 0.0) -> bool:
+    """Return whether `value` improves on `than` by more than `min_delta`; NaN never does."""
+    return value > than + min_delta if mode == "max" else value < than - min_delta

@@ -1,0 +1,21 @@
+"""Phases written out in the recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hf_finetune.models.anatomy import Anatomy
+from hf_finetune.strategies.base import StrategySpec
+from hf_finetune.strategies.phase import Phase
+
+
+class Explicit(StrategySpec):
+    """`strategy: {phases: […]}`."""
+
+    name: Literal["phases"] = "phases"
+    phases: Annotated[list[Phase], Field(min_length=1)]
+
+    def to_phases(self, anatomy: Anatomy) -> list[Phase]:
+        return self.phases

@@ -1,0 +1,184 @@
+"""A phase says which layers learn, at what multiple of the base rate, for how long.
+
+`Phase` is what a recipe writes; `plan_phases` turns a list of them into `PhasePlan`s: for every parameter by name its
+multiple of the base rate, absent when frozen. The loop runs plans and knows no strategy by name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from hf_finetune.errors import RecipeError, did_you_mean
+from hf_finetune.models.anatomy import HEAD, Anatomy
+from hf_finetune.monitor import PatienceSpec
+from hf_finetune.spec import Duration, DurationField, Rate, RateField, Spec
+
+BatchNorm = Literal["auto", "frozen", "adapt", "train"]
+SELECTORS = ("head", "all", "last:N", "first:N", "stem", "block.N", "biases", "norms", "{match: <regex>}")
+_WORDS = ("head", "all", "stem", "biases", "norms")
+_COUNTED = re.compile(r"^(last|first):([1-9]\d*)$")
+_BLOCK = re.compile(r"^block\.\d+$")
+
+
+class MatchSpec(Spec):
+    """Parameters whose qualified name the regular expression finds."""
+
+    match: str
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
+
+
+def _check_selector(value: str) -> str:
+    if value in _WORDS or _COUNTED.match(value) or _BLOCK.match(value):
+        return value
+    raise ValueError(f"choose from {', '.join(SELECTORS)}.{did_you_mean(value, _WORDS)}")
+
+
+class PlateauSpec(Spec):
+    """The end of a phase when the monitored metric stops improving."""
+
+    plateau: PatienceSpec
+
+
+class Phase(Spec):
+    """One stretch of training with a fixed set of learning layers."""
+
+    train: str | MatchSpec | Annotated[list[str | MatchSpec], Field(min_length=1)]
+    """`head`, `last:N` (N layer groups from the top, the head included), `first:N`, `stem`, `block.N`, `all`,
+    `biases`, `norms`, `{match: regex}`, or a list of them."""
+    for_: DurationField | None = Field(None, alias="for")
+    """How long; with `until`, at most how long. Phases without either share what is left of the run."""
+    until: Literal["plateau"] | PlateauSpec | None = None
+    lr: RateField = Rate(1.0, relative=True)
+    backbone_lr: RateField | None = None
+    """Rate of everything but the head."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Each layer group runs at this multiple of the one above it."""
+    batch_norm: BatchNorm = "auto"
+    """Statistics of BatchNorm layers: `frozen`; `adapt` = they follow the data, scale and shift do not learn;
+    `train` = both, where the layer learns."""
+
+    @field_validator("train")
+    @classmethod
+    def _known_selectors(cls, value: str | MatchSpec | list[str | MatchSpec]) -> str | MatchSpec | list[str | MatchSpec]:
+        for selector in value if isinstance(value, list) else [value]:
+            if isinstance(selector, str):
+                _check_selector(selector)
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_rate_layers(self) -> Phase:
+        if self.backbone_lr is not None and self.layer_decay is not None:
+            raise ValueError("`backbone_lr` and `layer_decay` both rate the backbone's layers: keep one, remove the other")
+        return self
+
+    @property
+    def patience(self) -> PatienceSpec | None:
+        """The plateau that ends the phase, if one does."""
+        return PatienceSpec(patience=2) if self.until == "plateau" else self.until.plateau if self.until else None
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """A phase on one backbone."""
+
+    name: str
+    multiples: dict[str, float]
+    """Parameter name -> multiple of the base rate; a parameter that is absent is frozen."""
+    batch_norm: BatchNorm
+    duration: Duration | None
+    patience: PatienceSpec | None
+
+
+def plan_phases(phases: list[Phase], anatomy: Anatomy, base_lr: float) -> tuple[list[PhasePlan], list[str]]:
+    """Return the phases as plans, and notes on what was rewritten.
+
+    Raises:
+        RecipeError: a selector matches nothing, or the newly initialised output layer never learns.
+    """
+    notes: list[str] = []
+    plans = []
+    for number, phase in enumerate(phases, 1):
+        selectors = phase.train if isinstance(phase.train, list) else [phase.train]
+        selected = frozenset().union(*(select(selector, anatomy) for selector in selectors))
+        if phase.batch_norm == "adapt":
+            # Adapting means the statistics follow the data while scale and shift stay as pretrained.
+            selected -= {p.name for p in anatomy.parameters if p.in_norm and p.group != HEAD}
+        multiples = {}
+        for parameter in anatomy.parameters:
+            if parameter.name not in selected:
+                continue
+            multiple = phase.lr.multiple_of(base_lr) * _layer_multiple(phase, anatomy, parameter.group, base_lr)
+            if multiple > 0:
+                multiples[parameter.name] = multiple
+        if len(multiples) < len(selected):
+            notes.append(
+                f"phase {number}: {len(selected) - len(multiples)} parameters at a rate of 0 are frozen instead: "
+                "a rate of 0 would still move BatchNorm statistics and keep dropout on"
+            )
+        if not multiples:
+            raise RecipeError(f"strategy: phase {number} trains nothing: every rate in it is 0. Give `lr` a value above 0.")
+        plans.append(PhasePlan(_name(phase), multiples, phase.batch_norm, phase.for_, phase.patience))
+    untrained = [p.name for p in anatomy.parameters if p.is_new and p.group == HEAD]
+    if untrained and not any(name in plan.multiples for name in untrained for plan in plans):
+        raise RecipeError(
+            f"strategy: the output layer ({untrained[0]}) is new and no phase trains it, so the model could not learn. "
+            "Add `head` to a phase's `train`, e.g. `train: [biases, head]`."
+        )
+    return plans, notes
+
+
+def select(selector: str | MatchSpec, anatomy: Anatomy) -> frozenset[str]:
+    """Return the names of the parameters a selector means.
+
+    Raises:
+        RecipeError: it matches nothing, or asks for more layer groups than there are.
+    """
+    if isinstance(selector, MatchSpec):
+        found = frozenset(p.name for p in anatomy.parameters if re.search(selector.match, p.name))
+        if not found:
+            names = [p.name for p in anatomy.parameters]
+            raise RecipeError(
+                f"strategy: match '{selector.match}' finds none of {len(names)} parameters "
+                f"(they are named like '{names[0]}' and '{names[-1]}')."
+            )
+        return found
+    if counted := _COUNTED.match(selector):
+        side, count = counted[1], int(counted[2])
+        if count > len(anatomy.groups):
+            raise RecipeError(
+                f"strategy: '{selector}' asks for {count} layer groups; this backbone has {len(anatomy.groups)} "
+                f"({', '.join(anatomy.groups)})."
+            )
+        return anatomy.names_in(set(anatomy.groups[-count:] if side == "last" else anatomy.groups[:count]))
+    if selector in anatomy.groups:
+        return anatomy.names_in({selector})
+    belongs = {"all": lambda p: True, "biases": lambda p: p.is_bias, "norms": lambda p: p.in_norm}.get(selector)
+    found = frozenset(p.name for p in anatomy.parameters if belongs and belongs(p))
+    if not found:
+        raise RecipeError(f"strategy: this backbone has no {selector}; its layer groups are {', '.join(anatomy.groups)}.")
+    return found
+
+
+def _layer_multiple(phase: Phase, anatomy: Anatomy, group: str, base_lr: float) -> float:
+    if group == HEAD:
+        return 1.0
+    if phase.layer_decay is not None:
+        return phase.layer_decay ** anatomy.depth_from_top(group)
+    return phase.backbone_lr.multiple_of(base_lr) if phase.backbone_lr is not None else 1.0
+
+
+def _name(phase: Phase) -> str:
+    selectors = phase.train if isinstance(phase.train, list) else [phase.train]
+    return " + ".join(s if isinstance(s, str) else f"match {s.match}" for s in selectors)
