@@ -129,7 +129,8 @@ def plan_phases(phases: list[Phase], anatomy: Anatomy, base_lr: float) -> tuple[
             )
         if not multiples:
             raise RecipeError(f"strategy: phase {number} trains nothing: every rate in it is 0. Give `lr` a value above 0.")
-        plans.append(PhasePlan(_name(phase), multiples, phase.batch_norm, phase.for_, phase.patience))
+        batch_norm = "frozen" if phase.batch_norm == "auto" else phase.batch_norm
+        plans.append(PhasePlan(_name(phase), multiples, batch_norm, phase.for_, phase.patience))
     untrained = [p.name for p in anatomy.parameters if p.is_new and p.group == HEAD]
     if untrained and not any(name in plan.multiples for name in untrained for plan in plans):
         raise RecipeError(

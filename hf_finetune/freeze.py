@@ -1,0 +1,92 @@
+"""Frozen means frozen: gradients off, BatchNorm statistics and dropout in eval mode whatever `.train()` is called."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hf_finetune.errors import TrainingError
+from hf_finetune.models.anatomy import Anatomy
+from hf_finetune.strategies.phase import PhasePlan
+
+
+class FreezeScope:
+    """Keeps the sleeping modules of a model in eval mode.
+
+    A forward pre-hook on the root puts them back to sleep before every training forward, so no `.train()` call, ours or
+    a library's, can wake them. Module types and state-dict keys stay as they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.asleep: list[nn.Module] = []
+        model.register_forward_pre_hook(lambda module, args: self.enforce())
+
+    def enforce(self) -> None:
+        """Put every sleeping module in eval mode."""
+        for module in self.asleep:
+            module.training = False
+
+    def apply(self, plan: PhasePlan, anatomy: Anatomy, module_groups: dict[str, str]) -> None:
+        """Freeze what the phase does not train, and wake the rest.
+
+        Args:
+            plan: the phase, with `batch_norm` resolved.
+            anatomy: of the same model.
+            module_groups: module name -> layer group, for every module that lies within one group.
+        """
+        assert plan.batch_norm != "auto"
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in plan.multiples)
+            parameter.grad = None
+        awake = {parameter.group for parameter in anatomy.parameters if parameter.name in plan.multiples}
+        self.asleep = []
+        for name, module in self.model.named_modules():
+            sleeps = name in module_groups and module_groups[name] not in awake
+            if isinstance(module, _BatchNorm) and plan.batch_norm != "train":
+                sleeps = plan.batch_norm == "frozen"
+            if sleeps:
+                self.asleep.append(module)
+        self.model.train()
+        self.enforce()
+
+
+def frozen_tensors(model: nn.Module, plan: PhasePlan) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers that must not move during this phase, by name."""
+    moving_statistics = {
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.training
+        for buffer, _ in module.named_buffers(recurse=False)
+    }
+    still = {name: p for name, p in model.named_parameters() if name not in plan.multiples}
+    return still | {name: b for name, b in model.named_buffers() if name not in moving_statistics}
+
+
+def fingerprints(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Return a hash of the bytes of each tensor."""
+    return {
+        name: hashlib.blake2b(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), digest_size=16
+        ).hexdigest()
+        for name, tensor in tensors.items()
+        if tensor.numel()
+    }
+
+
+def check_frozen(model: nn.Module, plan: PhasePlan, before: dict[str, str]) -> None:
+    """Compare what was frozen in a phase with its state at the phase's start, bit for bit.
+
+    Raises:
+        TrainingError: a frozen parameter or buffer moved.
+    """
+    after = fingerprints({name: t for name, t in frozen_tensors(model, plan).items() if name in before})
+    moved = sorted(name for name, mark in before.items() if after.get(name) != mark)
+    if moved:
+        raise TrainingError(
+            f"phase '{plan.name}': {len(moved)} frozen tensors moved, first of all {moved[0]}. "
+            "Something outside the optimizer writes to the model; its weights are not what the recipe says."
+        )

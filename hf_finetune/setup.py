@@ -1,0 +1,138 @@
+"""From a recipe to everything a run needs, with every `auto` resolved and nothing trained yet.
+
+`train` runs what this builds, `explain` prints it: both see the same plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_finetune.augment.presets import resolve_augment
+from hf_finetune.augment.spec import BATCH_AUGMENTATIONS
+from hf_finetune.data.splits import Splits, load_splits
+from hf_finetune.defaults import Choice, resolve
+from hf_finetune.errors import RecipeError
+from hf_finetune.models.load import Backbone, ImageInput, load_backbone
+from hf_finetune.optim import ParamGroup, group_parameters
+from hf_finetune.precision import resolve_precision
+from hf_finetune.recipe import Recipe
+from hf_finetune.strategies.phase import PhasePlan, plan_phases
+from hf_finetune.tasks import TASKS
+from hf_finetune.tasks.metrics import default_metric, metric_mode
+from hf_finetune.timeline import Timeline, build_timeline, reachable
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to start."""
+
+    recipe: Recipe
+    """With every `auto` written out."""
+    choices: list[Choice]
+    notes: list[str]
+    splits: Splits
+    backbone: Backbone
+    plans: list[PhasePlan]
+    groups: list[ParamGroup]
+    timeline: Timeline
+    micro_batch_size: int
+
+    @property
+    def trainable_size(self) -> int:
+        """Number of parameter elements that some phase trains."""
+        return sum(group.size for group in self.groups)
+
+    @property
+    def total_size(self) -> int:
+        """Number of parameter elements of the model."""
+        return sum(parameter.size for parameter in self.backbone.anatomy.parameters)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed in pairs."""
+        return any(each.name in BATCH_AUGMENTATIONS for each in self.recipe.augment)  # type: ignore[union-attr]
+
+
+def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
+    """Load data and backbone, resolve every `auto`, plan the phases.
+
+    Raises:
+        DataError: the data is wrong or missing.
+        ModelError: the backbone is wrong or missing, or does not fit the data.
+        RecipeError: the recipe does not fit the data, the backbone or the hardware.
+    """
+    choices: list[Choice] = []
+    seed = recipe.training.seed
+    splits = load_splits(recipe.data, seed=seed, task=recipe.task)
+    task = next(name for name, task in TASKS.items() if task.modality == splits.modality)
+    if recipe.task == "auto":
+        choices.append(Choice("task", task, f"the data holds {splits.modality}s"))
+
+    if recipe.strategy.from_scratch and recipe.backbone.pretrained:
+        choices.append(Choice("backbone.pretrained", False, f"strategy {recipe.strategy.name} starts from random weights"))
+        recipe = recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"pretrained": False})})
+    backbone = load_backbone(recipe.backbone, splits.labels, splits.modality, seed=seed)
+
+    image_side = min(backbone.input.size) if isinstance(backbone.input, ImageInput) else None
+    augment, why = resolve_augment(recipe.augment, splits.modality, len(splits.train), image_side=image_side)
+    if not isinstance(recipe.augment, list):
+        choices.append(Choice("augment", ", ".join(each.name for each in augment) or "none", why))
+    precision, why = resolve_precision(recipe.training.precision, device, recipe.where("training.precision"))
+    if recipe.training.precision == "auto":
+        choices.append(Choice("training.precision", precision, why))
+    metric = recipe.monitor.metric
+    if metric == "auto":
+        metric = default_metric(splits.labels.kind)
+        choices.append(Choice("monitor.metric", metric, f"the usual one for {splits.labels.kind} labels"))
+    mode = recipe.monitor.mode if recipe.monitor.mode != "auto" else metric_mode(metric)
+    recipe = recipe.model_copy(
+        update={
+            "task": task,
+            "augment": augment,
+            "training": recipe.training.model_copy(update={"precision": precision}),
+            "monitor": recipe.monitor.model_copy(update={"metric": metric, "mode": mode}),
+        }
+    )
+
+    timeline = build_timeline(recipe, len(splits.train))
+    micro_batch_size = _micro_batch_size(recipe, world_size)
+    recipe, resolved = resolve(
+        recipe,
+        family=backbone.anatomy.family,
+        train_samples=len(splits.train),
+        micro_batch_size=micro_batch_size,
+        total_steps=timeline.total_steps,
+    )
+    plans, notes = plan_phases(
+        recipe.strategy.to_phases(backbone.anatomy), backbone.anatomy, float(recipe.optimizer.lr)
+    )
+    reached = reachable(plans, timeline)
+    if len(reached) < len(plans):
+        notes.append(
+            f"the run of {timeline.total_steps} steps ends before {len(plans) - len(reached)} of {len(plans)} phases; "
+            f"the last one reached trains {reached[-1].name}"
+        )
+    groups = group_parameters(reached, backbone.anatomy)
+    return Setup(
+        recipe, choices + resolved, notes, splits, backbone, reached, groups, timeline, micro_batch_size
+    )
+
+
+def _micro_batch_size(recipe: Recipe, world_size: int) -> int:
+    """Return the samples per device and forward pass."""
+    training = recipe.training
+    share = training.batch_size // world_size
+    if training.batch_size % world_size or share == 0:
+        raise RecipeError(
+            f"{recipe.where('training.batch_size')}: {training.batch_size} samples per optimizer step cannot be shared "
+            f"equally by {world_size} processes. Choose a multiple of {world_size}."
+        )
+    size = training.micro_batch_size or share
+    if share % size:
+        raise RecipeError(
+            f"{recipe.where('training.micro_batch_size')}: {size} does not divide the {share} samples each of "
+            f"{world_size} processes has per optimizer step. Choose a divisor of {share}."
+        )
+    return size
