@@ -1,0 +1,131 @@
+"""The recipe: how to adapt a backbone, as the composition of every part's spec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, GetCoreSchemaHandler, PrivateAttr, model_validator
+from pydantic_core import CoreSchema, core_schema
+
+from hf_finetune.augment.spec import AUGMENTATIONS, AugmentationSpec, Preset
+from hf_finetune.data.spec import DataSpec
+from hf_finetune.models.spec import BackboneSpec
+from hf_finetune.monitor import MonitorSpec
+from hf_finetune.optim import OptimizerSpec
+from hf_finetune.recipe_errors import Place
+from hf_finetune.schedule import SCHEDULES, Cosine, ScheduleSpec
+from hf_finetune.spec import Auto, Spec
+from hf_finetune.strategies import STRATEGIES, StrategySpec
+
+SHORT_FORMS = {"backbone": "id", "data": "path", "strategy": "name", "optimizer": "name", "schedule": "name"}
+"""Section -> the key that a bare value stands for: `backbone: timm/resnet18` is `backbone: {id: timm/resnet18}`."""
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+TaskName = Literal["auto", "image-classification", "text-classification"]
+
+DEFAULT = Place("default")
+
+
+class EmaSpec(Spec):
+    """An exponential moving average of the weights, which is what is measured and kept."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | Auto = "auto"
+    """auto = 1 - 10/steps, within [0.9, 0.9999]: the average spans the last tenth of the run."""
+
+
+class TrainingSpec(Spec):
+    """Length, batches, precision and what keeps training stable."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = 10
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps, instead of epochs."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Samples per optimizer step over all processes."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Samples per device and forward pass; null = batch_size / processes."""
+    precision: Precision = "auto"
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema: EmaSpec | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_replace_the_default_epochs(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("steps") is not None:
+            return {"epochs": None, **data}
+        return data
+
+
+class OneOf:
+    """Marks a field that holds one of a table's specs, told apart by `name`; a bare text is the name."""
+
+    def __init__(self, table: Mapping[str, type[Spec]]) -> None:
+        self.table = table
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {name: handler.generate_schema(spec) for name, spec in self.table.items()}
+        union = core_schema.tagged_union_schema(dict(choices), discriminator=name_of)
+        return core_schema.no_info_before_validator_function(named, union)
+
+
+def named(value: Any) -> Any:
+    """Return a bare name as a section; other values as they are."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def name_of(value: Any) -> str | None:
+    """Return the name that tells which spec a section is; `{phases: […]}` needs none."""
+    if isinstance(value, Mapping):
+        name = value.get("name", "phases" if "phases" in value else None)
+        return name if isinstance(name, str) else None
+    return getattr(value, "name", None)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a recipe came from. Equal to any other, so that it never tells recipes apart."""
+
+    name: str = field(default="", compare=False)
+    """The file's name without its ending; empty for a recipe from Python."""
+    places: Mapping[str, Place] = field(default_factory=dict, compare=False)
+    """Dotted key -> where it was written."""
+
+
+class Recipe(Spec):
+    """Everything about a run. `load_recipe` reads one from YAML, `parse_recipe` from plain data."""
+
+    task: TaskName = "auto"
+    backbone: BackboneSpec = BackboneSpec()
+    data: DataSpec = DataSpec()
+    augment: Preset | list[Annotated[AugmentationSpec, OneOf(AUGMENTATIONS)]] = "auto"
+    strategy: Annotated[StrategySpec, OneOf(STRATEGIES)]
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: Annotated[ScheduleSpec, OneOf(SCHEDULES)] = Cosine()
+    training: TrainingSpec = TrainingSpec()
+    monitor: MonitorSpec = MonitorSpec()
+    trackers: list[str] = []
+    output: str | None = None
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            key: {SHORT_FORMS[key]: value} if key in SHORT_FORMS and isinstance(value, (str, list)) else value
+            for key, value in data.items()
+        }
+
+    @property
+    def name(self) -> str:
+        """The name of the file the recipe came from, without its ending; for a recipe from Python its strategy's."""
+        return self._origin.name or self.strategy.name
+
+    def where(self, key: str) -> str:
+        """Return where a dotted key was written, for errors: `recipes/x.yaml:12: data.path` or `default: data.path`."""
+        return f"{self._origin.places.get(key, DEFAULT)}: {key}"

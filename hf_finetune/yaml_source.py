@@ -1,0 +1,168 @@
+"""YAML that remembers where every value was written.
+
+Scalars follow YAML 1.2: `1e-3` is a number and `yes` is text (PyYAML, which follows 1.1, has both the other way round).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import yaml
+
+from hf_finetune.recipe_errors import Place, Problem
+
+
+@dataclass(frozen=True)
+class Node:
+    """A YAML value and its place."""
+
+    value: Any
+    """A scalar, a list of nodes, or a dict from text to nodes."""
+    place: Place
+    """For a value in a mapping, the place of its key."""
+
+
+_TAG = "tag:yaml.org,2002:"
+_PATTERNS = {  # YAML 1.2.2, section 10.3.2
+    "null": r"(?:null|Null|NULL|~|)",
+    "bool": r"(?:true|True|TRUE|false|False|FALSE)",
+    "int": r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)",
+    "float": r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))",
+}
+_READ: dict[str, Callable[[str], Any]] = {
+    "null": lambda text: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": lambda text: int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)),
+    "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    "str": lambda text: text,
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's reader and composer with the scalars of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's writer, which quotes what `_Loader` would not read as text, without aliases."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _name, _pattern in _PATTERNS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(f"^{_pattern}$"), None)
+
+
+def read_yaml(text: str, source: str, *, order: int = 0, lines: bool = True) -> tuple[Node | None, list[Problem]]:
+    """Parse one YAML document: its root, None when it is empty or no YAML, and what is wrong with it.
+
+    `lines` is False for a source that has none, such as the command line.
+    """
+    problems: list[Problem] = []
+
+    def place(mark: Any) -> Place:
+        return Place(source, mark.line + 1 if mark and lines else 0, order)
+
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        return None, [Problem(place(error.problem_mark or error.context_mark), "", _syntax(error))]
+    except yaml.YAMLError as error:
+        return None, [Problem(Place(source, 0, order), "", (f"not YAML: {error}",))]
+    finally:
+        loader.dispose()
+    return (None if root is None else _construct(root, "", (), place, problems)), problems
+
+
+def to_yaml(value: Any, *, flow: bool = False) -> str:
+    """Write plain data as YAML that `read_yaml` reads back; `flow` writes it on one line."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow or False, width=2**31
+    )
+    return text.removesuffix("\n").removesuffix("\n...") if flow else text
+
+
+def plain(node: Node) -> Any:
+    """Return the value without its places."""
+    if isinstance(node.value, dict):
+        return {key: plain(child) for key, child in node.value.items()}
+    if isinstance(node.value, list):
+        return [plain(child) for child in node.value]
+    return node.value
+
+
+def from_plain(value: Any, place: Place) -> Node:
+    """Return plain data as nodes that all stand at `place`; keys become text."""
+    if isinstance(value, dict):
+        return Node({str(key): from_plain(child, place) for key, child in value.items()}, place)
+    if isinstance(value, list):
+        return Node([from_plain(child, place) for child in value], place)
+    return Node(value, place)
+
+
+def walk(node: Node, key: str = "") -> Iterator[tuple[str, Node]]:
+    """Yield every dotted key below `node` with its node, outer before inner."""
+    children: Any = ()
+    if isinstance(node.value, dict):
+        children = node.value.items()
+    elif isinstance(node.value, list):
+        children = enumerate(node.value)
+    for name, child in children:
+        inner = f"{key}.{name}" if key else str(name)
+        yield inner, child
+        yield from walk(child, inner)
+
+
+def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, ...]:
+    return (f"not YAML: {error.problem or error.context}",)
+
+
+def _construct(
+    node: yaml.Node, key: str, outer: tuple[int, ...], at: Callable[[Any], Place], problems: list[Problem]
+) -> Node:
+    place = at(node.start_mark)
+    if id(node) in outer:
+        problems.append(Problem(place, key, ("an alias refers to the value it stands in", "write the value out")))
+        return Node(None, place)
+    inner = (*outer, id(node))
+    if isinstance(node, yaml.SequenceNode):
+        items = [_construct(item, f"{key}.{i}", inner, at, problems) for i, item in enumerate(node.value)]
+        return Node(items, place)
+    if isinstance(node, yaml.MappingNode):
+        return Node(_construct_mapping(node, key, inner, at, problems), place)
+    read = _READ.get(node.tag.removeprefix(_TAG))
+    try:
+        if read is not None:
+            return Node(read(node.value), place)
+    except ValueError:
+        pass
+    problems.append(Problem(place, key, (f"given the tag {node.tag.replace(_TAG, '!!')}, which a recipe has no use for", "remove it")))
+    return Node(None, place)
+
+
+def _construct_mapping(
+    node: yaml.MappingNode, key: str, outer: tuple[int, ...], at: Callable[[Any], Place], problems: list[Problem]
+) -> dict[str, Node]:
+    mapping: dict[str, Node] = {}
+    for name_node, value_node in node.value:
+        place = at(name_node.start_mark)
+        if not isinstance(name_node, yaml.ScalarNode):
+            problems.append(Problem(place, key, ("a key is a word, not a list or a mapping",)))
+            continue
+        name = name_node.value
+        inner = f"{key}.{name}" if key else name
+        if name in mapping:
+            first = mapping[name].place
+            problems.append(Problem(place, inner, (f"repeated key, first at {first}", "keep one of the two")))
+            continue
+        mapping[name] = replace(_construct(value_node, inner, outer, at, problems), place=place)
+    return mapping
