@@ -1,0 +1,1 @@
+"""Data: from a path to labelled splits, and from splits to batches."""
