@@ -15,7 +15,11 @@ MIX_STREAM = 1
 
 def mixers(augmentations: Sequence[AugmentationSpec]) -> list[Mixup | Cutmix]:
     """Return the batch augmentations of a list."""
-    return [each for each in augmentations if isinstance(each, (Mixup, Cutmix)) and each.name in BATCH_AUGMENTATIONS]
+    return [
+        each
+        for each in augmentations
+        if isinstance(each, (Mixup, Cutmix)) and each.name in BATCH_AUGMENTATIONS
+    ]
 
 
 def mix(

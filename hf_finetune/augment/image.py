@@ -17,7 +17,7 @@ from hf_finetune.augment.rng import sample_rng as sample_rng
 from hf_finetune.augment.spec import AugmentationSpec
 
 if TYPE_CHECKING:
-    from hf_finetune.models.load import ImageInput
+    from hf_finetune.models.backbone import ImageInput
 
 ImageTransform = Callable[[Image.Image], Tensor]
 
@@ -30,7 +30,9 @@ def build_eval_transform(image_input: ImageInput) -> ImageTransform:
     return v2.Compose([*_eval_geometry(image_input), *_to_normalised(image_input)])
 
 
-def build_train_transform(augmentations: Sequence[AugmentationSpec], image_input: ImageInput) -> ImageTransform:
+def build_train_transform(
+    augmentations: Sequence[AugmentationSpec], image_input: ImageInput
+) -> ImageTransform:
     """Return PIL RGB -> float32 (3, H, W) with `augmentations` in their order; batch augmentations are left out.
 
     Without a random crop in the list the evaluation resize and crop come first. Call it inside `sample_rng`.
@@ -59,7 +61,9 @@ def denormalise(pixel_values: Tensor, image_input: ImageInput) -> Tensor:
 class ResizeShortSide:
     """Resize so that the image covers `size` (H, W), keeping its shape (timm's ResizeKeepRatio)."""
 
-    def __init__(self, size: tuple[int, int], interpolation: v2.InterpolationMode, longest: float = 0.0) -> None:
+    def __init__(
+        self, size: tuple[int, int], interpolation: v2.InterpolationMode, longest: float = 0.0
+    ) -> None:
         self.size, self.interpolation, self.longest = size, interpolation, longest
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -143,7 +147,9 @@ BUILDERS: dict[str, Builder] = {
     "rotation": lambda spec, inp: [
         v2.RandomRotation(spec.degrees, interpolation=v2.InterpolationMode.BILINEAR, fill=_fill(inp))
     ],
-    "color_jitter": lambda spec, _: [v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)],
+    "color_jitter": lambda spec, _: [
+        v2.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
+    ],
     "rand_augment": lambda spec, inp: [v2.RandAugment(spec.num_ops, spec.magnitude, fill=_fill(inp))],
     "trivial_augment": lambda spec, inp: [v2.TrivialAugmentWide(fill=_fill(inp))],
     "random_erasing": lambda spec, _: [v2.RandomErasing(spec.p, spec.scale)],

@@ -50,7 +50,13 @@ PRESETS: dict[str, dict[str, list[AugmentationSpec]]] = {
             Mixup(alpha=0.2),
             Cutmix(alpha=0.5),
         ],
-        "small image": [RandomCrop(), Rotation(degrees=10.0), ColorJitter(), RandomErasing(p=0.25), Mixup(alpha=0.2)],
+        "small image": [
+            RandomCrop(),
+            Rotation(degrees=10.0),
+            ColorJitter(),
+            RandomErasing(p=0.25),
+            Mixup(alpha=0.2),
+        ],
         "text": [WordDropout(p=0.15), WordSwap(share=0.1)],
     },
 }
@@ -85,7 +91,9 @@ def resolve_augment(
     kind = "small image" if small else modality
     no_flip = f"; no flip: images of {image_side} px are often digits or signs" if small else ""
     if augment != "auto":
-        return list(PRESETS[augment][kind]), f"the preset '{augment}' for {kind}s{no_flip if augment != 'none' else ''}"
+        return list(
+            PRESETS[augment][kind]
+        ), f"the preset '{augment}' for {kind}s{no_flip if augment != 'none' else ''}"
     if modality == "text":
         return [], "none for texts: a pretrained encoder gains little from changed words"
     if small:

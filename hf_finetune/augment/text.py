@@ -27,7 +27,9 @@ def swap_words(words: list[str], share: float, rng: np.random.Generator) -> list
     return words
 
 
-def build_text_transform(augmentations: Sequence[AugmentationSpec]) -> Callable[[str, np.random.Generator], str]:
+def build_text_transform(
+    augmentations: Sequence[AugmentationSpec],
+) -> Callable[[str, np.random.Generator], str]:
     """Return (text, generator) -> text with the word augmentations of the list applied in order."""
     return _TextTransform([each for each in augmentations if isinstance(each, (WordDropout, WordSwap))])
 

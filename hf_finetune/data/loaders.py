@@ -1,12 +1,13 @@
 """From splits to batches: samples as tensors, batches in an order that is a function of (seed, epoch), torch loaders.
 
 Every batch is `{"inputs": {...}, "labels": Tensor, "weights": Tensor (N,), "indices": LongTensor (N,)}`; labels are class
-numbers (N,), or floats (N, C) for multi-label and mixed targets, or floats (N,) for regression. A weight of 0 marks a
+numbers (N,), or floats (N, C) for multi-label, or floats (N,) for regression. A weight of 0 marks a
 sample that only keeps a process in step.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,11 @@ from datasets import Dataset as Rows
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hf_finetune.augment.batch import mix, mixers
+from hf_finetune.augment.batch import mixers
 from hf_finetune.augment.image import build_eval_transform, build_train_transform
 from hf_finetune.augment.presets import check_modality
 from hf_finetune.augment.rng import sample_generator, sample_rng
-from hf_finetune.augment.spec import AugmentationSpec, Cutmix, Mixup
+from hf_finetune.augment.spec import AugmentationSpec
 from hf_finetune.augment.text import build_text_transform
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.order import epoch_batches as epoch_batches
@@ -29,7 +30,7 @@ from hf_finetune.data.order import share as share
 from hf_finetune.data.splits import column_values
 
 if TYPE_CHECKING:
-    from hf_finetune.models.load import ImageInput, TextInput
+    from hf_finetune.models.backbone import ImageInput, TextInput
 
 MAX_TEXT_LENGTH = 512
 Batch = dict[str, Any]
@@ -41,7 +42,12 @@ class EvalSet(Dataset):
     """The rows of a split as the model is measured on them: `set[index]`."""
 
     def __init__(
-        self, rows: Rows, labels: Labels, model_input: ImageInput | TextInput, *, max_length: int | str = "auto"
+        self,
+        rows: Rows,
+        labels: Labels,
+        model_input: ImageInput | TextInput,
+        *,
+        max_length: int | str = "auto",
     ) -> None:
         self.rows, self.labels, self.input = rows, labels, model_input
         self.targets = _targets(rows, labels)
@@ -57,7 +63,9 @@ class EvalSet(Dataset):
         return self.tokens.lengths if self.tokens else None
 
     def __getitem__(self, index: int) -> Batch:
-        inputs = self.tokens[index] if self.tokens else {"pixel_values": self.transform(self.rows[index]["image"])}
+        inputs = (
+            self.tokens[index] if self.tokens else {"pixel_values": self.transform(self.rows[index]["image"])}
+        )
         return self._sample(inputs, index, 1.0, 0)
 
     def _sample(self, inputs: dict[str, Any], index: int, weight: float, epoch: int) -> Batch:
@@ -81,10 +89,11 @@ class TrainSet(EvalSet):
         super().__init__(rows, labels, model_input, max_length=max_length)
         self.seed, self.augmentations = seed, list(augmentations)
         check_modality(self.augmentations, "text" if self.tokens else "image")
-        self.mixing = mixers(self.augmentations)
         if self.tokens is None:
             self.transform = build_train_transform(self.augmentations, model_input)
-        self.change_text = build_text_transform(self.augmentations) if self.tokens and self.augmentations else None
+        self.change_text = (
+            build_text_transform(self.augmentations) if self.tokens and self.augmentations else None
+        )
 
     def __getitem__(self, key: Any) -> Batch:
         epoch, index, weight = (*key, 1.0)[:3]
@@ -123,7 +132,9 @@ class Tokens:
 
     def encode(self, *texts: Sequence[str]) -> list[dict[str, list[int]]]:
         """Tokenise texts (and their pairs), cut to `max_length`."""
-        encoded = self.tokenizer(*map(list, texts), truncation=True, max_length=self.max_length, padding=False)
+        encoded = self.tokenizer(
+            *map(list, texts), truncation=True, max_length=self.max_length, padding=False
+        )
         return [{name: encoded[name][i] for name in encoded} for i in range(len(texts[0]))]
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
@@ -148,12 +159,9 @@ def _targets(rows: Rows, labels: Labels) -> Tensor | None:
 def collate(
     samples: Sequence[Batch],
     *,
-    labels: Labels,
     tokenizer: Any = None,
-    mixing: Sequence[Mixup | Cutmix] = (),
-    seed: int = 0,
 ) -> Batch:
-    """Return the batch of `samples`, padded to the longest text or mixed in pairs."""
+    """Return the batch of `samples`, texts padded to the longest."""
     batch: Batch = {
         "weights": torch.tensor([sample["weight"] for sample in samples]),
         "indices": torch.tensor([sample["index"] for sample in samples]),
@@ -163,14 +171,7 @@ def collate(
     if tokenizer is not None:
         batch["inputs"] = dict(tokenizer.pad([sample["inputs"] for sample in samples], return_tensors="pt"))
         return batch
-    pixels = torch.stack([sample["inputs"]["pixel_values"] for sample in samples])
-    if mixing:
-        targets = batch["labels"]
-        if labels.kind == "single":
-            targets = torch.nn.functional.one_hot(targets, labels.outputs).float()
-        indices, epoch = batch["indices"].tolist(), samples[0]["epoch"]
-        pixels, batch["labels"] = mix(pixels, targets, indices, mixing=mixing, seed=seed, epoch=epoch)
-    batch["inputs"] = {"pixel_values": pixels}
+    batch["inputs"] = {"pixel_values": torch.stack([sample["inputs"]["pixel_values"] for sample in samples])}
     return batch
 
 
@@ -180,7 +181,7 @@ class TrainBatches(Sampler):
     def __init__(
         self, dataset: TrainSet, batch_size: int, micro_batch_size: int, rank: int, world: int, seed: int
     ) -> None:
-        self.n, self.lengths, self.pairs = len(dataset), dataset.lengths, bool(dataset.mixing)
+        self.n, self.lengths, self.pairs = len(dataset), dataset.lengths, bool(mixers(dataset.augmentations))
         self.batch_size, self.micro_batch_size, self.seed = batch_size, micro_batch_size, seed
         self.rank, self.world = rank, world
         self.epoch, self.start = 0, 0
@@ -190,14 +191,17 @@ class TrainBatches(Sampler):
         """Global batches, so optimizer steps, of an epoch."""
         return -(-self.n // self.batch_size)
 
-    def micro_batches(self) -> Iterator[list[tuple[list[int], list[float]]]]:
-        """Yield, for each global batch from `start` on, this process's micro-batches."""
-        for batch in epoch_batches(self.n, self.batch_size, self.seed, self.epoch, self.lengths)[self.start :]:
-            yield share(batch, self.rank, self.world, self.micro_batch_size, self.pairs)
+    def global_batches(self) -> list[list[int]]:
+        """Return the epoch's global batches from `start` on."""
+        return epoch_batches(self.n, self.batch_size, self.seed, self.epoch, self.lengths)[self.start :]
+
+    def share_of(self, batch: list[int]) -> list[tuple[list[int], list[float]]]:
+        """Return this process's micro-batches of a global batch."""
+        return share(batch, self.rank, self.world, self.micro_batch_size, self.pairs)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for micro_batches in self.micro_batches():
-            for indices, weights in micro_batches:
+        for batch in self.global_batches():
+            for indices, weights in self.share_of(batch):
                 yield [(self.epoch, index, weight) for index, weight in zip(indices, weights, strict=True)]
 
 
@@ -224,15 +228,16 @@ def train_loader(
     )
 
 
-def iterate_batches(loader: DataLoader, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
-    """Yield the global batches of an epoch from batch `start` on, each as this process's list of micro-batches."""
+def iterate_batches(loader: DataLoader, epoch: int, start: int = 0) -> Iterator[tuple[int, list[Batch]]]:
+    """Yield the global batches of an epoch from batch `start` on: (its samples over all processes, this process's
+    micro-batches)."""
     sampler = loader.batch_sampler
     assert isinstance(sampler, TrainBatches)
     sampler.epoch, sampler.start = epoch, start
-    counts = [len(micro_batches) for micro_batches in sampler.micro_batches()]
+    plan = [(len(batch), len(sampler.share_of(batch))) for batch in sampler.global_batches()]
     micro_batches = iter(loader)
-    for count in counts:
-        yield [next(micro_batches) for _ in range(count)]
+    for size, count in plan:
+        yield size, [next(micro_batches) for _ in range(count)]
 
 
 def eval_loader(
@@ -258,13 +263,7 @@ def eval_loader(
 
 
 def _collate_for(dataset: EvalSet) -> Callable[[Sequence[Batch]], Batch]:
-    return partial(
-        collate,
-        labels=dataset.labels,
-        tokenizer=dataset.tokens.tokenizer if dataset.tokens else None,
-        mixing=getattr(dataset, "mixing", ()),
-        seed=getattr(dataset, "seed", 0),
-    )
+    return partial(collate, tokenizer=dataset.tokens.tokenizer if dataset.tokens else None)
 
 
 def _worker_options(workers: int, pin_memory: bool) -> dict[str, Any]:
@@ -278,3 +277,11 @@ def _worker_options(workers: int, pin_memory: bool) -> dict[str, Any]:
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
+
+
+def worker_count(workers: int | str, modality: str, processes: int = 1) -> int:
+    """Return the worker processes `data.workers` means: auto = none for texts, for images by the cores free."""
+    if workers != "auto":
+        return int(workers)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if modality == "text" else min(8, max(0, cores // processes - 1))

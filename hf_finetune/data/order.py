@@ -28,7 +28,9 @@ def epoch_batches(
     lengths = np.asarray(lengths)
     window = batch_size * WINDOW_BATCHES
     parts = [order[start : start + window] for start in range(0, n, window)]
-    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts]) if parts else order
+    order = (
+        np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts]) if parts else order
+    )
     batches = [order[start : start + batch_size].tolist() for start in range(0, n, batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 

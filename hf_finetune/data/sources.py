@@ -103,7 +103,9 @@ def read_files(files: list[Path]) -> Dataset:
 def _open_folder(path: Path) -> Source:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = datasets.load_from_disk(str(path))
-        return Source(str(path), dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}, folder=path)
+        return Source(
+            str(path), dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}, folder=path
+        )
     tables = [file for place in (path, path / "data") for file in _tables(place)]
     if any(file.stem == "metadata" for place in (path, *path.glob("*/")) for file in _tables(place)):
         loaded = datasets.load_dataset("imagefolder", data_dir=str(path))
@@ -114,7 +116,11 @@ def _open_folder(path: Path) -> Source:
 
 
 def _tables(place: Path) -> list[Path]:
-    return sorted(f for f in place.glob("*") if f.suffix.lower() in FILE_BUILDERS and f.is_file()) if place.is_dir() else []
+    return (
+        sorted(f for f in place.glob("*") if f.suffix.lower() in FILE_BUILDERS and f.is_file())
+        if place.is_dir()
+        else []
+    )
 
 
 def _open_image_folder(path: Path) -> Source:
@@ -185,7 +191,9 @@ def _hub_message(spec: DataSpec, error: Exception) -> str:
 
 
 def _refuse_missing_path(path: str) -> None:
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix.lower() in FILE_BUILDERS
+    looks_local = (
+        path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix.lower() in FILE_BUILDERS
+    )
     if looks_local:
         _existing(path)
 
@@ -218,4 +226,4 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-__all__ = ["Source", "open_source", "open_files", "read_files", "Value"]
+__all__ = ["Source", "Value", "open_files", "open_source", "read_files"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from hf_finetune.data.labels import Labels
 from hf_finetune.data.report import DataReport
 from hf_finetune.data.sources import FILE_BUILDERS, SPLIT_NAMES, Source, open_source, read_files
 from hf_finetune.data.spec import ColumnsSpec, DataSpec
+from hf_finetune.data.targets import class_weights as class_weights
 from hf_finetune.data.targets import encode, find_labels
 from hf_finetune.errors import DataError, did_you_mean, nearest
 
@@ -31,9 +31,42 @@ Task = Literal["auto", "image-classification", "text-classification"]
 
 DEFAULT_FRACTION = 0.2
 COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
-    "image": ("image", "img", "images", "picture", "photo", "file", "file_name", "filename", "path", "image_path"),
-    "text": ("text", "sentence", "review", "content", "comment", "tweet", "document", "body", "message", "question"),
-    "label": ("label", "labels", "target", "class", "category", "sentiment", "y", "score", "fine_label", "coarse_label"),
+    "image": (
+        "image",
+        "img",
+        "images",
+        "picture",
+        "photo",
+        "file",
+        "file_name",
+        "filename",
+        "path",
+        "image_path",
+    ),
+    "text": (
+        "text",
+        "sentence",
+        "review",
+        "content",
+        "comment",
+        "tweet",
+        "document",
+        "body",
+        "message",
+        "question",
+    ),
+    "label": (
+        "label",
+        "labels",
+        "target",
+        "class",
+        "category",
+        "sentiment",
+        "y",
+        "score",
+        "fine_label",
+        "coarse_label",
+    ),
 }
 """Names tried, in this order, when the recipe leaves a column at its default and the data has none of that name."""
 
@@ -74,9 +107,14 @@ def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto") -> Splits:
         raws["test"] = select_split(source, spec.test, spec)
 
     labels = find_labels(
-        column_values(raw_train, columns["label"]), raw_train.features[columns["label"]], spec.labels, columns["label"]
+        column_values(raw_train, columns["label"]),
+        raw_train.features[columns["label"]],
+        spec.labels,
+        columns["label"],
     )
-    loaded = {role: _Loader(spec, labels, columns, modality, source).load(role, raw) for role, raw in raws.items()}
+    loaded = {
+        role: _Loader(spec, labels, columns, modality, source).load(role, raw) for role, raw in raws.items()
+    }
     splits = {role: part.rows for role, part in loaded.items()}
     if isinstance(validation, float):
         chosen = draw_fraction(splits["train"], validation, labels, seed)
@@ -92,7 +130,9 @@ def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto") -> Splits:
         source=source.name,
         rows={role: len(rows) for role, rows in splits.items()},
         class_counts={
-            role: dict(zip(labels.names, class_counts(rows, labels), strict=True)) if labels.kind != "regression" else {}
+            role: dict(zip(labels.names, class_counts(rows, labels), strict=True))
+            if labels.kind != "regression"
+            else {}
             for role, rows in splits.items()
         },
         columns=columns,
@@ -106,7 +146,13 @@ def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto") -> Splits:
     )
     test = splits.get("test")
     return Splits(
-        splits["train"], splits["validation"], test, labels, modality, report, tuple(class_counts(splits["train"], labels))
+        splits["train"],
+        splits["validation"],
+        test,
+        labels,
+        modality,
+        report,
+        tuple(class_counts(splits["train"], labels)),
     )
 
 
@@ -125,8 +171,10 @@ def load_split(spec: DataSpec, name: str, labels: Labels, *, seed: int = 0, task
 
 def column_values(rows: Dataset, column: str) -> list[Any]:
     """Return one column as plain Python values, without decoding or touching the others."""
-    return rows.with_format("arrow")[:][column].to_pylist() if rows.num_columns == 1 else column_values(
-        rows.with_format(None).select_columns([column]), column
+    return (
+        rows.with_format("arrow")[:][column].to_pylist()
+        if rows.num_columns == 1
+        else column_values(rows.with_format(None).select_columns([column]), column)
     )
 
 
@@ -193,7 +241,9 @@ def _validation_name(source: Source, spec: DataSpec, notes: list[str]) -> str | 
     if spec.validation == "auto":
         if own:
             return own[0]
-        notes.append(f"no validation split: {DEFAULT_FRACTION:.0%} of train is set aside, drawn with the seed")
+        notes.append(
+            f"no validation split: {DEFAULT_FRACTION:.0%} of train is set aside, drawn with the seed"
+        )
         return DEFAULT_FRACTION
     if isinstance(spec.validation, float):
         if own:
@@ -217,8 +267,13 @@ def find_modality(task: Task, rows: Dataset, spec: DataSpec) -> Modality:
     has_image = any(isinstance(feature, Image) for feature in rows.features.values())
     named = spec.columns.image in rows.column_names and spec.columns.image != ColumnsSpec().image
     path_column = any(alias in rows.column_names for alias in COLUMN_ALIASES["image"])
-    text_names = {*COLUMN_ALIASES["text"], *([spec.columns.text] if isinstance(spec.columns.text, str) else spec.columns.text)}
-    return "image" if has_image or named or (path_column and not text_names & set(rows.column_names)) else "text"
+    text_names = {
+        *COLUMN_ALIASES["text"],
+        *([spec.columns.text] if isinstance(spec.columns.text, str) else spec.columns.text),
+    }
+    return (
+        "image" if has_image or named or (path_column and not text_names & set(rows.column_names)) else "text"
+    )
 
 
 def find_columns(
@@ -248,11 +303,19 @@ def find_columns(
             found[meaning] = name
             continue
         is_default = default.get(meaning) == name
-        candidates = [alias for alias in COLUMN_ALIASES.get(meaning, ()) if alias in rows.column_names] if is_default else []
-        candidates = candidates or ([c for c in _by_type(rows, meaning) if c not in asked.values()] if is_default else [])
+        candidates = (
+            [alias for alias in COLUMN_ALIASES.get(meaning, ()) if alias in rows.column_names]
+            if is_default
+            else []
+        )
+        candidates = candidates or (
+            [c for c in _by_type(rows, meaning) if c not in asked.values()] if is_default else []
+        )
         if candidates:
             found[meaning] = candidates[0]
-            notes.append(f"the {meaning} is read from the column '{candidates[0]}' (data.columns.{meaning} names another)")
+            notes.append(
+                f"the {meaning} is read from the column '{candidates[0]}' (data.columns.{meaning} names another)"
+            )
         elif meaning != "label" or label_needed:
             key = "text" if meaning == "text_pair" else meaning
             raise DataError(
@@ -312,11 +375,17 @@ class _Loader:
                 target, problem = encode(value, feature, self.labels, index, label)
                 targets.append(target)
                 if problem:
-                    problems[position] = problem if role == "train" else problem.replace("unknown", "not in train")
+                    problems[position] = (
+                        problem if role == "train" else problem.replace("unknown", "not in train")
+                    )
         rows, side = (self._images if self.modality == "image" else self._texts)(raw, problems)
         if targets:
-            rows = rows.add_column("label", self._filled(targets), new_fingerprint=_hash(rows._fingerprint, "label"),
-                                   feature=_label_feature(self.labels))
+            rows = rows.add_column(
+                "label",
+                self._filled(targets),
+                new_fingerprint=_hash(rows._fingerprint, "label"),
+                feature=_label_feature(self.labels),
+            )
         rows = rows.add_column("row", np.arange(len(rows)), new_fingerprint=_hash(rows._fingerprint, "row"))
         texts = [f"{self._row_name(role, rows, at)}: {problems[at]}" for at in sorted(problems)]
         if texts and self.spec.on_error == "stop":
@@ -333,11 +402,18 @@ class _Loader:
 
     def _images(self, raw: Dataset, problems: dict[int, str]) -> tuple[Dataset, int | None]:
         column = self.columns["image"]
-        rows = raw.select_columns([column]).rename_column(column, "image") if column != "image" else raw.select_columns(["image"])
+        rows = (
+            raw.select_columns([column]).rename_column(column, "image")
+            if column != "image"
+            else raw.select_columns(["image"])
+        )
         feature = rows.features["image"]
         if isinstance(feature, Value) and "string" in feature.dtype:
             folder = self.source.folder or Path()
-            cells = [None if p is None else {"bytes": None, "path": str(folder / p)} for p in column_values(rows, "image")]
+            cells = [
+                None if p is None else {"bytes": None, "path": str(folder / p)}
+                for p in column_values(rows, "image")
+            ]
             rows = Dataset.from_dict({"image": cells}, features=Features({"image": Image(decode=False)}))
         else:
             rows = rows.cast_column("image", Image(decode=False))
@@ -371,7 +447,8 @@ def _decode(batch: dict[str, list[Any]], role: str) -> dict[str, list[Any]]:
         return batch
     rows = batch.get("row", ["?"] * len(batch["image"]))
     images = [
-        checks.read_image(cell, _cell_name(cell, row, role)) for cell, row in zip(batch["image"], rows, strict=True)
+        checks.read_image(cell, _cell_name(cell, row, role))
+        for cell, row in zip(batch["image"], rows, strict=True)
     ]
     return {**batch, "image": images}
 
@@ -430,32 +507,6 @@ def draw_samples(rows: Dataset, count: int, labels: Labels, seed: int) -> Datase
     return rows.select(np.sort(order[:count]))
 
 
-def class_weights(
-    spec: DataSpec, labels: Labels, counts: Sequence[int]
-) -> list[float] | None:
-    """Return a weight per class whose mean over the training rows is 1, or None when the recipe asks for none.
-
-    Raises DataError for a label name that is not in the data, and for labels that are not single.
-    """
-    if spec.class_weights == "none":
-        return None
-    if labels.kind != "single":
-        raise DataError(f"data.class_weights: weights per class need `labels: single`; this run has `labels: {labels.kind}`.")
-    total = sum(counts)
-    if spec.class_weights == "balanced":
-        present = sum(1 for count in counts if count)
-        return [total / (present * count) if count else 0.0 for count in counts]
-    unknown = [name for name in spec.class_weights if name not in labels.names]
-    if unknown:
-        raise DataError(
-            f"data.class_weights: there is no label '{unknown[0]}'.{did_you_mean(unknown[0], labels.names)} "
-            f"The labels are {', '.join(labels.names[:20])}."
-        )
-    weights = [spec.class_weights.get(name, 1.0) for name in labels.names]
-    mean = sum(weight * count for weight, count in zip(weights, counts, strict=True)) / total
-    return [weight / mean for weight in weights]
-
-
 def _check_labels(splits: dict[str, Dataset], labels: Labels, spec: DataSpec, warnings: list[str]) -> None:
     if labels.kind == "regression":
         return
@@ -473,11 +524,15 @@ def _check_labels(splits: dict[str, Dataset], labels: Labels, spec: DataSpec, wa
 
 def fingerprint(rows: Dataset) -> str:
     """Return a hash of the rows' labels and texts or images (a file on disk counts by name and size)."""
-    parts: list[str] = [repr(column_values(rows, name)) for name in rows.column_names if name not in ("image", "row")]
+    parts: list[str] = [
+        repr(column_values(rows, name)) for name in rows.column_names if name not in ("image", "row")
+    ]
     if "image" in rows.column_names:
         for cell in column_values(rows, "image"):
             path, content = cell["path"], cell["bytes"]
-            parts.append(_hash(content) if content is not None else f"{Path(path).name}:{Path(path).stat().st_size}")
+            parts.append(
+                _hash(content) if content is not None else f"{Path(path).name}:{Path(path).stat().st_size}"
+            )
     return _hash(*parts)
 
 

@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from datasets import ClassLabel, List, Sequence as SequenceFeature  # noqa: I001
+import torch.nn.functional as F
+from datasets import ClassLabel, List
+from datasets import Sequence as SequenceFeature
+from torch import Tensor
 
 from hf_finetune.data.labels import Labels
-from hf_finetune.data.spec import LabelKind
-from hf_finetune.errors import DataError
+from hf_finetune.data.spec import DataSpec, LabelKind
+from hf_finetune.errors import DataError, did_you_mean
 
 Target = int | float | list[float]
 
@@ -50,7 +53,9 @@ def names_of(value: Any, feature: Any, kind: LabelKind, column: str = "label") -
     return None if name is None else [name]
 
 
-def encode(value: Any, feature: Any, labels: Labels, index: dict[str, int], column: str) -> tuple[Target | None, str]:
+def encode(
+    value: Any, feature: Any, labels: Labels, index: dict[str, int], column: str
+) -> tuple[Target | None, str]:
     """Return (target, "") for a cell, or (None, why it cannot be used).
 
     A target is a class number, a multi-hot list of floats or a float, by the kind of `labels`.
@@ -69,6 +74,37 @@ def encode(value: Any, feature: Any, labels: Labels, index: dict[str, int], colu
             hot[index[name]] = 1.0
         return hot, ""
     return index[names[0]], ""
+
+
+def class_weights(spec: DataSpec, labels: Labels, counts: Sequence[int]) -> list[float] | None:
+    """Return a weight per class whose mean over the training rows is 1, or None when the recipe asks for none.
+
+    Raises DataError for a label name that is not in the data, and for labels that are not single.
+    """
+    if spec.class_weights == "none":
+        return None
+    if labels.kind != "single":
+        raise DataError(
+            f"data.class_weights: weights per class need `labels: single`; this run has `labels: {labels.kind}`."
+        )
+    total = sum(counts)
+    if spec.class_weights == "balanced":
+        present = sum(1 for count in counts if count)
+        return [total / (present * count) if count else 0.0 for count in counts]
+    unknown = [name for name in spec.class_weights if name not in labels.names]
+    if unknown:
+        raise DataError(
+            f"data.class_weights: there is no label '{unknown[0]}'.{did_you_mean(unknown[0], labels.names)} "
+            f"The labels are {', '.join(labels.names[:20])}."
+        )
+    weights = [spec.class_weights.get(name, 1.0) for name in labels.names]
+    mean = sum(weight * count for weight, count in zip(weights, counts, strict=True)) / total
+    return [weight / mean for weight in weights]
+
+
+def soft_targets(targets: Tensor, labels: Labels) -> Tensor:
+    """Return targets as floats (N, C), ready to be mixed: class numbers become one-hot rows."""
+    return F.one_hot(targets, labels.outputs).float() if labels.kind == "single" else targets
 
 
 def _inner(feature: Any) -> Any:
