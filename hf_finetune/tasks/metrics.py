@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Compute = Callable[["np.ndarray", "np.ndarray"], float]
-"""(labels, logits) -> value; labels (N,) class indices or values, or (N, classes) of 0 and 1, logits (N, outputs)."""
+"""(labels, logits) -> value: labels (N,) classes or values, or (N, classes) of 0 and 1; logits (N, outputs)."""
 
 EVALUATE_PREFIX = "evaluate/"
 """`evaluate/<name>` asks Hugging Face's `evaluate` for a metric that is not in the table."""
@@ -45,7 +45,7 @@ def default_metric(kind: LabelKind) -> str:
 
 
 def metric_mode(name: str) -> Mode:
-    """Return whether more or less of a metric is better. Raises UserError for `evaluate/…`, which does not say."""
+    """Return which way a metric is better. Raises UserError for `evaluate/…`, which does not say."""
     if name == LOSS:
         return "min"
     if name not in METRICS:
@@ -64,7 +64,7 @@ def metric_names(kind: LabelKind) -> list[str]:
 def compute(
     names: Iterable[str], kind: LabelKind, labels: np.ndarray, logits: np.ndarray
 ) -> dict[str, float]:
-    """Return each metric's value on a split; NaN where it is not defined (one class present, constant values).
+    """Return each metric's value on a split; NaN where undefined (one class present, constant values).
 
     Args:
         names: of `METRICS`, or `evaluate/<name>`.
@@ -78,7 +78,7 @@ def compute(
     values = {}
     for name in names:
         if name.startswith(EVALUATE_PREFIX):
-            function = partial(_from_evaluate, name.removeprefix(EVALUATE_PREFIX), kind)
+            function: Compute = partial(_from_evaluate, name.removeprefix(EVALUATE_PREFIX), kind)
         elif name in METRICS and kind in METRICS[name].compute:
             function = METRICS[name].compute[kind]
         else:
