@@ -96,7 +96,7 @@ class Progress:
         lrs: Mapping[str, float] | None = None,
         samples_per_second: float | None = None,
     ) -> None:
-        """Take in one optimizer step; what is None stays as it was (the loss may stay on the device at most steps)."""
+        """Take in one optimizer step; what is None stays as it was (a loss may stay on the device)."""
         if self._silent:
             return
         if self._first_step is None:
@@ -214,13 +214,9 @@ def _fit(figures: list[tuple[str, str]], width: int) -> Text:
 
 
 def _number(value: float | None) -> str:
-    return (
-        f"{value:.4f}"
-        if value is not None and abs(value) < 1000
-        else f"{value:.4g}"
-        if value is not None
-        else "-"
-    )
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1000 else f"{value:.4g}"
 
 
 def _rate(value: float) -> str:

@@ -52,7 +52,7 @@ class RunFolder:
             UserError: `output` is a file, or holds a run already.
             FinetuneError: the folder cannot be written.
         """
-        with _plain_words(Path(output or "runs")):
+        with writing(Path(output or "runs")):
             path = _new_folder(recipe_name, backbone_name) if output is None else _given_folder(Path(output))
             status = {"status": "running", "started": datetime.now().astimezone().isoformat("T", "seconds")}
             try:
@@ -65,7 +65,7 @@ class RunFolder:
 
     def log(self, row: Row) -> None:
         """Append one row to metrics.jsonl; numbers that are not finite become null."""
-        with _plain_words(self.path), (self.path / METRICS).open("a", encoding="utf-8") as file:
+        with writing(self.path), (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(_json_text(row) + "\n")
 
     def write_status(self, **fields: Any) -> None:
@@ -84,7 +84,7 @@ class RunFolder:
 
     def _replace(self, name: str, text: str) -> None:
         aside = self.path / f".{name}.tmp"
-        with _plain_words(self.path):
+        with writing(self.path):
             with aside.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
@@ -202,7 +202,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Return `cpu` (model), `cores` this process may use, `memory_gb` and `gpus` (names, once torch is loaded)."""
+    """Return `cpu` (model), `cores` we may use, `memory_gb` and `gpus` (names, once torch is loaded)."""
     return {"cpu": _cpu_model(), "cores": _cores(), "memory_gb": _memory_gb(), "gpus": _gpus()}
 
 
@@ -290,8 +290,12 @@ def _nearest_runs(path: Path) -> str:
 
 
 @contextmanager
-def _plain_words(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a failed write into a sentence."""
+def writing(path: Path) -> Iterator[None]:
+    """Around code that writes `path`: turns what the operating system says about a failure into a sentence.
+
+    Raises:
+        FinetuneError: instead of an OSError, with what to do.
+    """
     try:
         yield
     except OSError as error:
