@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
 
 from hf_finetune.augment.presets import resolve_augment
 from hf_finetune.augment.spec import BATCH_AUGMENTATIONS
+from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, train_loader
 from hf_finetune.data.splits import Splits, load_splits
 from hf_finetune.defaults import Choice, resolve
 from hf_finetune.errors import RecipeError
@@ -22,6 +27,9 @@ from hf_finetune.strategies.phase import PhasePlan, plan_phases
 from hf_finetune.tasks import TASKS
 from hf_finetune.tasks.metrics import default_metric, metric_mode
 from hf_finetune.timeline import Timeline, build_timeline, reachable
+
+SMALL_IMAGE_SET = 200
+"""Images that are loaded before worker processes would have started."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,18 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     backbone = load_backbone(recipe.backbone, splits.labels, splits.modality, seed=seed)
 
     image_side = min(backbone.input.size) if isinstance(backbone.input, ImageInput) else None
-    augment, why = resolve_augment(recipe.augment, splits.modality, len(splits.train), image_side=image_side)
+    sides = [side for side in (image_side, splits.report.image_side) if side]
+    augment, why = resolve_augment(
+        recipe.augment, splits.modality, len(splits.train), image_side=min(sides, default=None)
+    )
     if not isinstance(recipe.augment, list):
         choices.append(Choice("augment", ", ".join(each.name for each in augment) or "none", why))
     precision, why = resolve_precision(recipe.training.precision, device, recipe.where("training.precision"))
     if recipe.training.precision == "auto":
         choices.append(Choice("training.precision", precision, why))
+    workers, why = _workers(recipe.data.workers, splits.modality, len(splits.train), world_size, device)
+    if recipe.data.workers == "auto":
+        choices.append(Choice("data.workers", workers, why))
     metric = recipe.monitor.metric
     if metric == "auto":
         metric = default_metric(splits.labels.kind)
@@ -91,6 +105,7 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         update={
             "task": task,
             "augment": augment,
+            "data": recipe.data.model_copy(update={"workers": workers}),
             "training": recipe.training.model_copy(update={"precision": precision}),
             "monitor": recipe.monitor.model_copy(update={"metric": metric, "mode": mode}),
         }
@@ -136,3 +151,39 @@ def _micro_batch_size(recipe: Recipe, world_size: int) -> int:
             f"{world_size} processes has per optimizer step. Choose a divisor of {share}."
         )
     return size
+
+
+def build_loaders(setup: Setup, accelerator: Accelerator) -> tuple[DataLoader, DataLoader]:
+    """Return the loaders of this process's share of train and validation."""
+    recipe, splits, model_input = setup.recipe, setup.splits, setup.backbone.input
+    max_length = recipe.data.max_length
+    train = TrainSet(
+        splits.train, splits.labels, model_input, recipe.augment, seed=recipe.training.seed, max_length=max_length
+    )
+    validation = EvalSet(splits.validation, splits.labels, model_input, max_length=max_length)
+    common: dict[str, Any] = {
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+        "pin_memory": accelerator.device.type == "cuda",
+        "workers": int(recipe.data.workers),
+    }
+    return (
+        train_loader(
+            train, batch_size=recipe.training.batch_size, micro_batch_size=setup.micro_batch_size, **common
+        ),
+        eval_loader(validation, batch_size=max(32, setup.micro_batch_size), **common),
+    )
+
+
+def _workers(asked: int | str, modality: str, rows: int, world_size: int, device: torch.device) -> tuple[int, str]:
+    """Return how many processes load data for each training process, and why."""
+    if asked != "auto":
+        return int(asked), "as the recipe says"
+    cores = max(1, len(os.sched_getaffinity(0)) // world_size)
+    if modality == "text":
+        return 0, "texts are tokenised in advance"
+    if rows <= SMALL_IMAGE_SET:
+        return 0, f"{rows} images load faster than workers start"
+    if device.type == "cpu":
+        return min(2, cores), f"the model computes on the same {cores} cores"
+    return min(8, max(1, cores - 1)), f"{cores} cores for each process"

@@ -1,0 +1,32 @@
+"""The artefact: a folder that the backbone's own library loads, with recipe and card beside the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_finetune.errors import FinetuneError
+from hf_finetune.hub.card import model_card
+from hf_finetune.models.load import Backbone, save_backbone
+from hf_finetune.recipe import dump_recipe
+
+if TYPE_CHECKING:
+    from hf_finetune.setup import Setup
+
+
+def write_artefact(folder: Path, backbone: Backbone, setup: Setup, best: dict[str, Any] | None) -> None:
+    """Write weights, config, processor or tokenizer, the resolved recipe and a model card.
+
+    Args:
+        best: the evaluation of these very weights; None when they were never measured.
+
+    Raises:
+        FinetuneError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True)
+        save_backbone(backbone, folder, setup.splits.labels)
+        (folder / "recipe.yaml").write_text(dump_recipe(setup.recipe), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(setup, best), encoding="utf-8")
+    except OSError as error:
+        raise FinetuneError(f"{folder}: the model could not be written: {error.strerror or error}") from error

@@ -1,0 +1,81 @@
+"""The model card: what the weights beside it are, from what they were made, and how they were measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from hf_finetune.recipe import dump_recipe
+
+if TYPE_CHECKING:
+    from hf_finetune.setup import Setup
+
+_USAGE = {
+    "timm": 'import timm\n\nmodel = timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True).eval()',
+    "transformers": 'from transformers import pipeline\n\nclassify = pipeline("{task}", model="PATH/TO/THIS/FOLDER")',
+}
+
+
+def model_card(setup: Setup, best: dict[str, Any] | None) -> str:
+    """Return the card of the weights measured as `best` says; without it the card holds no figure."""
+    recipe, report, labels = setup.recipe, setup.splits.report, setup.splits.labels
+    source = report.source
+    results = []
+    if best is not None:
+        results = [
+            EvalResult(
+                task_type=recipe.task, dataset_type=source, dataset_name=source, dataset_split="validation",
+                metric_type=name, metric_name=name, metric_value=value,
+            )
+            for name, value in best["metrics"].items()
+        ]  # fmt: skip
+    from_hub = "/" in recipe.backbone.id and not recipe.backbone.id.startswith(("shipped/", "/", "."))
+    data = ModelCardData(
+        library_name=setup.backbone.library,
+        pipeline_tag=recipe.task,
+        base_model=recipe.backbone.id if from_hub else None,
+        base_model_relation="finetune" if from_hub else None,
+        tags=["hf_finetune", recipe.strategy.name],
+        model_name=f"{recipe.backbone.id.rstrip('/').split('/')[-1]}-{recipe.strategy.name}" if results else None,
+        eval_results=results or None,
+    )
+    figures = "These weights were not measured."
+    if best is not None:
+        rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in {**best["metrics"], "loss": best["loss"]}.items())
+        figures = (
+            f"Measured on {report.rows['validation']} validation rows of `{source}`, at step {best['step']} "
+            f"(epoch {best['epoch']:g}):\n\n| metric | value |\n| --- | --- |\n{rows}"
+        )
+    counts = report.class_counts.get("train", {})
+    label_rows = "\n".join(f"| {i} | {name} | {counts.get(name, '')} |" for i, name in enumerate(labels.names))
+    usage = _USAGE[setup.backbone.library].replace("{task}", recipe.task)
+    return f"""---
+{data.to_yaml()}
+---
+
+# {recipe.backbone.id} adapted to {source}
+
+Strategy `{recipe.strategy.name}`: {setup.trainable_size:,} of {setup.total_size:,} parameters trained on
+{report.rows["train"]} rows.
+
+{figures}
+
+## Labels
+
+| id | label | training rows |
+| --- | --- | --- |
+{label_rows}
+
+## Use
+
+```python
+{usage}
+```
+
+## Recipe
+
+```yaml
+{dump_recipe(recipe).strip()}
+```
+"""

@@ -1,0 +1,191 @@
+"""What a run leaves behind while it trains: rows, status, the best model, curves. Written by the main process."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from torch import nn
+
+from hf_finetune.errors import FinetuneError
+from hf_finetune.evaluation import Evaluation
+from hf_finetune.hub.artefact import write_artefact
+from hf_finetune.monitor import Best
+from hf_finetune.precision import mixed_precision
+from hf_finetune.recipe import dump_recipe
+from hf_finetune.report.curves import save_curves
+from hf_finetune.runfolder import RunFolder, hardware, read_metrics, read_status, versions
+from hf_finetune.setup import Setup
+from hf_finetune.tasks.metrics import default_metric
+
+
+@dataclass
+class Record:
+    """The run folder of a run in progress, and where the run stands."""
+
+    path: Path
+    setup: Setup
+    is_main: bool
+    started: float
+    """time.monotonic() at the start of the run."""
+    status: str = "failed"
+    why: str = ""
+    accelerator: Accelerator | None = None
+    """Set once trackers are running."""
+
+    @classmethod
+    def open(cls, setup: Setup, state: PartialState, *, name: str, started: float) -> Record:
+        """Claim the run folder and write down what is about to run; every process learns the folder's name.
+
+        Raises:
+            UserError: the folder holds another run.
+        """
+        claimed: list[Path | FinetuneError | None] = [None]
+        if state.is_main_process:
+            try:
+                folder = RunFolder.create(setup.recipe.output, name, setup.recipe.backbone.id)
+                claimed = [folder.path]
+            except FinetuneError as error:
+                claimed = [error]  # the other processes must not wait for a folder that never comes
+        if state.num_processes > 1:
+            broadcast_object_list(claimed)
+        if not isinstance(claimed[0], Path):
+            raise claimed[0] or FinetuneError("the main process could not claim a run folder")
+        record = cls(claimed[0], setup, state.is_main_process, started)
+        if record.is_main:
+            (record.path / "recipe.yaml").write_text(dump_recipe(setup.recipe), encoding="utf-8")
+            record._folder.write_status(**record._facts(state))
+        return record
+
+    @property
+    def _folder(self) -> RunFolder:
+        return RunFolder(self.path)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of all metrics to compute, the monitored one first, `loss` among them if that is monitored."""
+        monitor = self.setup.recipe.monitor
+        names = [monitor.metric, *monitor.metrics, default_metric(self.setup.splits.labels.kind)]
+        return list(dict.fromkeys(names))
+
+    def log_training(
+        self, step: int, phase: int, loss: float, rates: dict[str, float], samples_per_second: float
+    ) -> None:
+        """Append a training row."""
+        self._log(step, phase, {"split": "train", "loss": loss, "lr": rates, "samples_per_second": samples_per_second})
+        if self.accelerator is not None:
+            values = {"train/loss": loss, "train/samples_per_second": samples_per_second}
+            self.accelerator.log(values | {f"lr/{name}": rate for name, rate in rates.items()}, step=step)
+
+    def log_evaluation(self, step: int, phase: int, split: str, result: Evaluation) -> None:
+        """Append a row of measurements."""
+        self._log(step, phase, {"split": split, "loss": result.loss, "metrics": result.metrics})
+        if self.accelerator is not None:
+            values = {f"{split}/{name}": value for name, value in result.metrics.items()}
+            self.accelerator.log({f"{split}/loss": result.loss} | values, step=step)
+
+    def keep(self, model: nn.Module, best: Best, result: Evaluation) -> None:
+        """Write the model as the run's best so far, and its answers on the validation set."""
+        if not self.is_main:
+            return
+        monitor = self.setup.recipe.monitor
+        found = {"metric": monitor.metric, "value": best.value, "step": best.step, "epoch": best.epoch,
+                 "metrics": best.metrics, "loss": result.loss}  # fmt: skip
+        self._write_model(model, found)
+        if self.setup.splits.labels.kind == "single":
+            self._folder.write_predictions(result.labels.tolist(), result.logits.argmax(1).tolist())
+        self._folder.write_status(best=found)
+
+    def keep_if_none(self, model: nn.Module) -> None:
+        """Write the model as it is when no best one was kept yet."""
+        if self.is_main and not (self.path / "model").exists():
+            self._write_model(model, None)
+
+    @contextmanager
+    def closing(self, accelerator: Accelerator) -> Iterator[None]:
+        """Write status, wall time and curves when training ends, however it ends."""
+        try:
+            yield
+        except Exception as error:
+            self.why = self.why or (str(error).splitlines() or [type(error).__name__])[0]
+            raise
+        finally:
+            if self.is_main:
+                seconds = time.monotonic() - self.started
+                self._folder.write_status(status=self.status, why=self.why, wall_seconds=round(seconds, 3))
+                rows = read_metrics(self.path)
+                save_curves(rows, read_status(self.path).get("best"), self.path / "curves.png", title=self.path.name)
+                if (self.path / "model").is_dir():
+                    shutil.copyfile(self.path / "curves.png", self.path / "model" / "curves.png")
+            if self.accelerator is not None:
+                accelerator.end_training()
+
+    def _log(self, step: int, phase: int, row: dict) -> None:
+        if self.is_main:
+            place = {"step": step, "epoch": self.setup.timeline.epoch(step), "phase": self.setup.plans[phase].name,
+                     "phase_index": phase, "seconds": round(time.monotonic() - self.started, 3)}  # fmt: skip
+            self._folder.log(place | row)
+
+    def _write_model(self, model: nn.Module, best: dict | None) -> None:
+        """Write `model/` aside, then put it in the place of the older one."""
+        aside, old, final = (self.path / name for name in (".model.new", ".model.old", "model"))
+        for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        write_artefact(aside, replace(self.setup.backbone, model=model), self.setup, best)
+        if final.exists():
+            final.rename(old)
+        aside.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _facts(self, state: PartialState) -> dict:
+        """What run.json says of a run from its start."""
+        setup = self.setup
+        report = setup.backbone.report
+        return {
+            "task": setup.recipe.task,
+            "backbone": setup.backbone.source | {
+                "library": setup.backbone.library,
+                "family": setup.backbone.anatomy.family,
+                "loaded_share": report.share,
+            },
+            "data": {
+                "source": setup.splits.report.source,
+                "fingerprint": setup.splits.report.fingerprint,
+                "rows": setup.splits.report.rows,
+                "skipped": setup.splits.report.skipped,
+            },
+            "validation_rows": len(setup.splits.validation),
+            "labels": list(setup.splits.labels.names),
+            "phases": [plan.name for plan in setup.plans],
+            "parameters": {"total": setup.total_size, "trainable": setup.trainable_size},
+            "total_steps": setup.timeline.total_steps,
+            "steps_per_epoch": setup.timeline.steps_per_epoch,
+            "processes": state.num_processes,
+            "precision": setup.recipe.training.precision,
+            "notes": setup.notes,
+            "auto": {choice.key: f"{choice.value} ({choice.why})" for choice in setup.choices},
+            "versions": versions(),
+            "hardware": hardware() | {"device": str(state.device)},
+        }  # fmt: skip
+
+
+def start_accelerator(setup: Setup, record: Record) -> Accelerator:
+    """Return the accelerator in the recipe's precision, with its trackers running."""
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    trackers = setup.recipe.trackers
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision(setup.recipe.training.precision),
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(str(record.path), logging_dir=str(record.path / "trackers")),
+    )
+    if trackers:
+        accelerator.init_trackers("hf_finetune", config={"recipe": dump_recipe(setup.recipe)})
+        record.accelerator = accelerator
+    return accelerator
