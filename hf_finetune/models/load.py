@@ -1,0 +1,197 @@
+"""Backbones in and out: load one for the data's labels, run it, save it in its own library's Hub layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_finetune.data.labels import Labels
+from hf_finetune.errors import ModelError
+from hf_finetune.models import load_timm, load_transformers
+from hf_finetune.models.anatomies import module_groups, output_layers, timm_anatomy, transformers_anatomy
+from hf_finetune.models.anatomy import HEAD, Anatomy
+from hf_finetune.models.backbone import Backbone, ImageInput, LoadReport, Modality, TextInput
+from hf_finetune.models.inputs import load_processor, load_text_input, processor_input, timm_input
+from hf_finetune.models.load_timm import Loading
+from hf_finetune.models.source import Source, expected_modality, find_source
+from hf_finetune.models.spec import BackboneSpec
+
+__all__ = [
+    "Backbone",
+    "ImageInput",
+    "LoadReport",
+    "TextInput",
+    "expected_modality",
+    "forward",
+    "load_backbone",
+    "module_groups",
+    "save_backbone",
+]
+
+
+def load_backbone(spec: BackboneSpec, labels: Labels, modality: Modality, *, seed: int) -> Backbone:
+    """Return the backbone a spec names, on the CPU in float32, with an output layer for `labels`.
+
+    What is newly initialised depends on `seed` alone; the global random state is left as it was.
+
+    Raises:
+        ModelError: it cannot be found, does not read `modality`, or the checkpoint fills too little of it.
+    """
+    if spec.trust_remote_code and not spec.revision and not Path(spec.id).expanduser().is_dir():
+        raise ModelError(
+            f"backbone '{spec.id}': trust_remote_code runs code from the repository, so name the version you have read: "
+            "set `backbone.revision` to a commit."
+        )
+    source = find_source(spec)
+    with _seeded(seed):
+        if source.library == "timm":
+            return _load_timm(spec, source, labels, modality)
+        return _load_transformers(spec, source, labels, modality)
+
+
+def save_backbone(backbone: Backbone, folder: Path, labels: Labels) -> None:
+    """Write a backbone to `folder` so that its own library, and `load_backbone`, load it with equal outputs."""
+    if isinstance(backbone.input, ImageInput) and backbone.library == "timm":
+        load_timm.save(backbone.model, backbone.input, folder, labels)
+    else:
+        beside = backbone.input.tokenizer if isinstance(backbone.input, TextInput) else backbone.processor
+        load_transformers.save(backbone.model, beside, folder, labels)
+
+
+def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Return logits (N, outputs) of a model of either library, wrapped or not."""
+    # Every vision model takes its pixels first; timm's name for the argument differs from transformers'.
+    output: Any = model(inputs["pixel_values"]) if "pixel_values" in inputs else model(**inputs)
+    logits: Tensor = output.logits if hasattr(output, "logits") else output
+    return logits
+
+
+def _load_timm(spec: BackboneSpec, source: Source, labels: Labels, modality: Modality) -> Backbone:
+    where = f"backbone '{spec.id}'"
+    if modality != "image":
+        raise ModelError(f"{where}: timm's '{source.architecture}' reads images, the task gives it texts. {_OTHER_TASK}")
+    model, loading = load_timm.build(spec, source, labels)
+    read = timm_input(where, model)
+    outputs = output_layers(where, model, labels.outputs)
+    new = _new(spec, model, loading)
+    anatomy = timm_anatomy(model, outputs, new=new)
+    report = _report(spec, source, model, anatomy, loading)
+    _start_outputs(spec, outputs, new)
+    return Backbone(model, "timm", anatomy, read, report, source.as_dict())
+
+
+def _load_transformers(spec: BackboneSpec, source: Source, labels: Labels, modality: Modality) -> Backbone:
+    where = f"backbone '{spec.id}'"
+    expected = expected_modality(spec)
+    if expected and expected != modality:
+        raise ModelError(
+            f"{where}: '{source.architecture}' reads {expected}s, the task gives it {modality}s. {_OTHER_TASK}"
+        )
+    assert source.folder is not None
+    model, loading, keeps_outputs = load_transformers.build(spec, source, labels, modality)
+    outputs = output_layers(where, model, labels.outputs)
+    if spec.pretrained and not keeps_outputs:
+        inside = {f"{path}.{name}" for path, layer in outputs.items() for name, _ in layer.named_parameters()}
+        for layer in outputs.values():
+            load_transformers.renew(model, layer)
+        loading.mismatched = [name for name in loading.mismatched if name not in inside]
+        loading.missing = sorted(inside.union(loading.missing))
+    processor = None
+    read: ImageInput | TextInput
+    if modality == "image":
+        processor = load_processor(where, source.folder, trust_remote_code=spec.trust_remote_code)
+        read = processor_input(where, processor, image_size=spec.options.get("image_size"))
+    else:
+        read = load_text_input(where, source.folder, model, trust_remote_code=spec.trust_remote_code)
+    new = _new(spec, model, loading)
+    anatomy = transformers_anatomy(model, outputs, new=new, text=modality == "text")
+    report = _report(spec, source, model, anatomy, loading)
+    _start_outputs(spec, outputs, new)
+    model.eval()
+    return Backbone(model, "transformers", anatomy, read, report, source.as_dict(), processor)
+
+
+_OTHER_TASK = "Take a backbone for the task's kind of data, or the task for the backbone's."
+
+
+def _new(spec: BackboneSpec, model: nn.Module, loading: Loading) -> frozenset[str]:
+    """Return the tensors that start without pretrained values."""
+    return frozenset(loading.missing + loading.mismatched if spec.pretrained else model.state_dict())
+
+
+def _report(spec: BackboneSpec, source: Source, model: nn.Module, anatomy: Anatomy, loading: Loading) -> LoadReport:
+    """Return the load report.
+
+    Raises:
+        ModelError: less than `min_loaded` of the backbone was filled.
+    """
+    tensors = list(model.state_dict())
+    if not spec.pretrained:
+        return LoadReport(0, (), (), tuple(tensors), (), 0.0, f"random weights, {source}")
+    homes = module_groups(model, anatomy)
+
+    def in_head(name: str) -> bool:
+        return homes.get(name.rpartition(".")[0]) == HEAD
+
+    missing = tuple(name for name in loading.missing if not in_head(name))
+    mismatched = tuple(loading.mismatched)
+    new = tuple(name for name in loading.missing if in_head(name))
+    absent = {*missing, *mismatched}
+    backbone = [parameter for parameter in anatomy.parameters if parameter.group != HEAD]
+    total = sum(parameter.size for parameter in backbone)
+    filled = sum(parameter.size for parameter in backbone if parameter.name not in absent)
+    share = filled / total if total else 1.0
+    report = LoadReport(
+        loaded=len(set(tensors) - absent - set(new)),
+        missing=missing,
+        mismatched=mismatched,
+        new=new,
+        unexpected=tuple(loading.unexpected),
+        share=share,
+        source=str(source),
+    )
+    if share < spec.min_loaded:
+        raise ModelError(_too_little(spec, report))
+    return report
+
+
+def _too_little(spec: BackboneSpec, report: LoadReport) -> str:
+    def some(label: str, names: tuple[str, ...]) -> str:
+        if not names:
+            return ""
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f" {label}: {', '.join(names[:3])}{more}."
+
+    return (
+        f"backbone '{spec.id}': the checkpoint fills {report.share:.1%} of the backbone's parameters, at least "
+        f"{spec.min_loaded:.0%} is asked for."
+        + some("Missing", report.missing)
+        + some("Of another shape", report.mismatched)
+        + some("In the checkpoint but not in the model", report.unexpected)
+        + " Is it the checkpoint of this architecture, with these options? If so, lower `backbone.min_loaded`; "
+        "to train from random weights set `backbone.pretrained: false`."
+    )
+
+
+def _start_outputs(spec: BackboneSpec, outputs: Mapping[str, nn.Module], new: frozenset[str]) -> None:
+    """Start a new output layer at zero: every class is equally likely at first (BiT, Kolesnikov et al. 2020)."""
+    if spec.head_init != "zero":
+        return
+    with torch.no_grad():
+        for path, layer in outputs.items():
+            if f"{path}.weight" in new:
+                for tensor in layer.parameters():
+                    tensor.zero_()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` inside, on the CPU; the random state outside is untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,133 @@
+"""Backbones of transformers: build, load with an account of what was loaded, save in its Hub layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
+from transformers.utils import logging as transformers_logging
+
+from hf_finetune.data.labels import Labels
+from hf_finetune.errors import ModelError, did_you_mean
+from hf_finetune.models.backbone import Modality
+from hf_finetune.models.load_timm import PROBLEM_TYPES, Loading
+from hf_finetune.models.source import Source
+from hf_finetune.models.spec import BackboneSpec
+
+_AUTO: dict[str, Any] = {"image": AutoModelForImageClassification, "text": AutoModelForSequenceClassification}
+_DECIDED = ("num_labels", "id2label", "label2id", "problem_type")
+_LOADING_OPTIONS = ("attn_implementation", "dtype")
+
+
+def build(spec: BackboneSpec, source: Source, labels: Labels, modality: Modality) -> tuple[Any, Loading, bool]:
+    """Return the model with an output layer for `labels`, what was loaded, and whether that layer was kept.
+
+    The checkpoint's output layer is kept only when it was trained on the same label names in the same order.
+
+    Raises:
+        ModelError: transformers cannot build it, or an option does not fit.
+    """
+    where = f"backbone '{spec.id}'"
+    config, keeps_outputs = _config(where, spec, source, labels)
+    auto = _AUTO[modality]
+    remote = spec.trust_remote_code and auto.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in auto._model_mapping and not remote:
+        task = f"{modality} classification"
+        raise ModelError(
+            f"{where}: transformers has no {task} model of type '{source.architecture}'. "
+            "Take another backbone" + (", or set `trust_remote_code: true`." if source.config.get("auto_map") else ".")
+        )
+    options = {"dtype": torch.float32} | {k: v for k, v in spec.options.items() if k in _LOADING_OPTIONS}
+    loading = Loading()
+    try:
+        with _quiet():
+            if not spec.pretrained:
+                return auto.from_config(config, trust_remote_code=spec.trust_remote_code, **options), loading, False
+            model, info = auto.from_pretrained(
+                source.folder,
+                config=config,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=spec.trust_remote_code,
+                **options,
+            )
+    except SafetensorError as error:
+        raise ModelError(f"{where}: its weights cannot be read ({error}). Fetch or save them again.") from None
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OSError, ImportError, AssertionError) as error:
+        given = f" with options {spec.options}" if spec.options else ""
+        raise ModelError(f"{where}: transformers cannot build '{source.architecture}'{given}: {error}") from None
+    loading.missing = sorted(info["missing_keys"])
+    loading.mismatched = sorted(each[0] if isinstance(each, tuple) else each for each in info["mismatched_keys"])
+    loading.unexpected = sorted(info["unexpected_keys"])
+    return model, loading, keeps_outputs
+
+
+def renew(model: Any, layer: nn.Module) -> None:
+    """Give a layer the library's own random start, as if no checkpoint had held it."""
+    with torch.no_grad():
+        for tensor in layer.parameters(recurse=False):
+            tensor._is_hf_initialized = False  # type: ignore[attr-defined]
+        model._init_weights(layer)
+
+
+def save(model: Any, beside: Any, folder: Path, labels: Labels) -> None:
+    """Write model, config and what is `beside` it (tokenizer or image processor) with `save_pretrained`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _describe(model.config, labels)
+    with _quiet():
+        model.save_pretrained(folder)
+    beside.save_pretrained(folder)
+
+
+def _config(where: str, spec: BackboneSpec, source: Source, labels: Labels) -> tuple[Any, bool]:
+    decided = [key for key in _DECIDED if key in spec.options]
+    if decided:
+        raise ModelError(f"{where}: options.{decided[0]} is given, but the data's labels decide it. Remove it.")
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=spec.trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ModelError(f"{where}: transformers cannot read its config.json: {str(error).strip()}") from None
+    for key, value in spec.options.items():
+        if key in _LOADING_OPTIONS:
+            continue
+        if not hasattr(config, key):
+            known = [*config.to_dict(), *_LOADING_OPTIONS]
+            raise ModelError(
+                f"{where}: options.{key}: '{source.architecture}' has no such setting.{did_you_mean(key, known)}"
+            )
+        setattr(config, key, value)
+    stored = tuple(config.id2label[i] for i in sorted(config.id2label)) if config.id2label else None
+    keeps_outputs = "id2label" in source.config and stored == labels.names
+    _describe(config, labels)
+    return config, keeps_outputs
+
+
+def _describe(config: Any, labels: Labels) -> None:
+    config.id2label = labels.id2label()
+    config.label2id = labels.label2id()
+    config.problem_type = PROBLEM_TYPES[labels.kind]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence progress bars and the library's own loading report: ours says the same."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
