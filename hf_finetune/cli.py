@@ -1,0 +1,186 @@
+"""The command line: verbs over recipes and runs. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from hf_finetune.errors import FinetuneError, Interrupted, UserError, did_you_mean
+
+app = typer.Typer(
+    name="hf-finetune",
+    help="Fine-tune any timm or transformers backbone from one short recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: a.b=value, a.b= for null, ~a.b to remove."),
+]
+Output = Annotated[str | None, typer.Option(help="The run folder; default runs/<recipe>-<backbone>-<time>.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None, output: Output = None, quiet: Quiet = False) -> None:
+    """Run a recipe in this process; for several, `accelerate launch scripts/train.py --recipe RECIPE`."""
+    run_recipe(recipe, overrides or [], output=output, quiet=quiet)
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Say what is wrong with a recipe, all of it, without loading data or model."""
+    from hf_finetune.recipe import load_recipe
+
+    load_recipe(recipe, overrides or [])
+    typer.echo(f"{recipe}: nothing wrong")
+
+
+@app.command()
+def explain(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Folder for augment.png.")] = Path(),
+) -> None:
+    """Print the plan before any training: layers, rates, phases, weights loaded, steps, memory and time."""
+    from hf_finetune.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from hf_finetune.explain import explain_recipe
+
+    explain_recipe(loaded, output)
+
+
+@app.command()
+def recipes(
+    action: Annotated[str | None, typer.Argument(metavar="[copy]", help="`copy` to get one as a file.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Which one to copy.")] = None,
+    to: Annotated[Path, typer.Option(help="Folder to copy to.")] = Path(),
+) -> None:
+    """List the shipped recipes, or copy one to change it."""
+    from hf_finetune.recipe import shipped_recipes
+
+    shipped = shipped_recipes()
+    if action is None:
+        width = max(map(len, shipped))
+        for each, (_, purpose) in shipped.items():
+            typer.echo(f"{each:<{width}}  {purpose}")
+        return
+    if action != "copy" or name is None:
+        raise UserError("recipes: write `hf-finetune recipes` for the list or `hf-finetune recipes copy NAME`.")
+    if name not in shipped:
+        raise UserError(f"recipes: there is no '{name}'.{did_you_mean(name, shipped)} There are {', '.join(shipped)}.")
+    target = to / f"{name}.yaml"
+    if target.exists():
+        raise UserError(f"{target}: exists already. Remove it, or choose another folder with --to.")
+    # The base comes along as a shipped name, so the copy stands alone in any folder.
+    to.mkdir(parents=True, exist_ok=True)
+    target.write_text(shipped[name][0].read_text(encoding="utf-8").replace("extends: base.yaml", "extends: base"),
+                      encoding="utf-8")  # fmt: skip
+    typer.echo(f"{target}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN|REPO", help="A run folder, a model folder or a Hub repository.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[data=… split=…]")] = None,
+) -> None:
+    """Measure a run's model on a split: by default the validation split of the data it was trained with."""
+    from hf_finetune.inference import evaluate_model
+
+    evaluate_model(run, options or [])
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN|REPO", help="A run folder, a model folder or a Hub repository.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Images or folders of them; texts or files.")],
+    form: Annotated[str, typer.Option("--format", help="table, csv or jsonl.")] = "table",
+    top: Annotated[int, typer.Option(min=1, help="Labels per input.")] = 1,
+) -> None:
+    """Predict labels for images (files, folders) or texts (given as words, or .txt/.csv/.jsonl files)."""
+    from hf_finetune.inference import predict_inputs
+
+    predict_inputs(run, inputs, form=form, top=top)
+
+
+@app.command()
+def compare(
+    arms: Annotated[list[str], typer.Argument(metavar="RECIPE...|RUN... [KEY=VALUE]...")],
+    output: Annotated[Path, typer.Option(help="Folder for the runs and compare.png.")] = Path("runs/compare"),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, with seeds 0 to N-1.")] = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Run recipes with shared overrides, or take finished runs, and show them side by side."""
+    from hf_finetune.compare import compare_arms
+
+    compare_arms(arms, output=output, seeds=seeds, quiet=quiet)
+
+
+def run_recipe(recipe: str, overrides: list[str], *, output: str | None, quiet: bool) -> None:
+    """Load a recipe and run it; what the `train` verb and scripts/train.py share."""
+    from hf_finetune.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if output is not None:
+        loaded = loaded.model_copy(update={"output": output})
+    from hf_finetune.train import finetune
+
+    run = finetune(loaded, name=loaded.name, quiet=quiet)
+    if not quiet and _rank() == 0:
+        best = run.best
+        found = f"best {best['metric']} {best['value']:.4f} at epoch {best['epoch']:g}" if best else "nothing measured"
+        typer.echo(f"done: {found}; {run.status['why']}; {run.path}")
+
+
+def main(arguments: list[str] | None = None, *, command: Any = None) -> None:
+    """Run the command line; errors we can name end in one short text and their exit code."""
+    try:
+        (command or typer.main.get_command(app)).main(arguments, prog_name=None, standalone_mode=False)
+    except UserError as error:
+        # Every process finds the same mistake; one says so.
+        _leave(error, error.exit_code, silent=_rank() > 0)
+    except FinetuneError as error:
+        _leave(error, error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        _leave("interrupted", Interrupted.exit_code)
+
+
+def train_script() -> None:
+    """Entry of scripts/train.py: `--recipe RECIPE [KEY=VALUE …] [--output DIR]`."""
+
+    def script(
+        recipe: Annotated[str, typer.Option(help="A recipe file, or a shipped recipe's name.")],
+        overrides: Overrides = None,
+        output: Output = None,
+        quiet: Quiet = False,
+    ) -> None:
+        """Run a recipe in every process that `accelerate launch` or `torchrun` started."""
+        run_recipe(recipe, overrides or [], output=output, quiet=quiet)
+
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    single.command()(script)
+    main(command=typer.main.get_command(single))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _leave(error: object, code: int, *, silent: bool = False) -> None:
+    if not silent:
+        sys.stderr.write(f"error: {error}\n")
+    sys.exit(code)
