@@ -61,7 +61,11 @@ class Arm:
             return "-"
         if self.std is not None:
             return f"{self.value:.4f} ± {self.std:.4f} ({len(self.values)} seeds)"
-        return f"{self.value:.4f}" + (" ({:.3f}-{:.3f})".format(*self.interval) if self.interval else "")
+        return (
+            "{:.3f} ({:.3f}-{:.3f})".format(self.value, *self.interval)
+            if self.interval
+            else f"{self.value:.4f}"
+        )
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -79,7 +83,7 @@ def comparison_table(runs: Mapping[str, Run], metric: str | None = None) -> Tabl
     """
     metric = metric or monitored_metric(runs)
     compared = sorted(arms(runs, metric), key=lambda arm: arm.rank)
-    tests = [_against(arm, compared[0]) for arm in compared]
+    verdicts = [_against(arm, compared[0]) for arm in compared]
     totals = {_count(arm, "total") for arm in compared}
     rows = [
         [
@@ -90,12 +94,12 @@ def comparison_table(runs: Mapping[str, Run], metric: str | None = None) -> Tabl
             _parameters(arm, len(totals) == 1),
             verdict,
         ]
-        for arm, (verdict, _) in zip(compared, tests, strict=True)
+        for arm, (verdict, _) in zip(compared, verdicts, strict=True)
     ]
-    columns = ("run", metric, "best epoch", "seconds", "trainable", "against the best")
+    columns = ("run", metric, "epoch", "seconds", "trainable", "beside the best")
     notes = [f"{total} parameters" for total in totals if total and len(totals) == 1]
     notes += ["in brackets the 95 % interval"] if any(arm.interval for arm in compared) else []
-    notes += [NOTES[test] for test in NOTES if any(test == used for _, used in tests)]
+    notes += [NOTES[test] for test in NOTES if any(test == used for _, used in verdicts)]
     return Table("Comparison", columns, rows, "; ".join(notes))
 
 

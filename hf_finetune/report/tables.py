@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 from hf_finetune.models.anatomy import HEAD, Anatomy
 from hf_finetune.strategies.phase import PhasePlan
@@ -159,11 +159,13 @@ def _print_rich(
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = RichTable(box=box.SIMPLE_HEAD, header_style="bold cyan", pad_edge=False, show_edge=False)
+    table = RichTable(box=box.SIMPLE_HEAD, header_style="bold cyan", padding=(0, 1, 0, 0), show_edge=False)
     for i, (name, to_right) in enumerate(zip(columns, right, strict=True)):
-        # Where room is short, headers fold and so do the words of the last column; figures never do.
-        width = max((len(row[i]) for row in cells), default=0) if i < len(columns) - 1 else None
-        table.add_column(Text(name), justify="right" if to_right else "left", min_width=width)
+        # Where room is short the words of the first and last column fold, and headers; figures never do.
+        figures = 0 < i < len(columns) - 1
+        width = max((len(row[i]) for row in cells), default=0) if figures else None
+        justify: Literal["left", "right"] = "right" if to_right else "left"
+        table.add_column(Text(name), justify=justify, min_width=width, overflow="fold")
     for row in cells:
         table.add_row(*(Text(cell, style="dim" if cell == "-" else "") for cell in row))
     console = Console(file=file, force_terminal=True)
