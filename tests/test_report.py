@@ -132,7 +132,7 @@ def test_comparison_pairs_predictions_and_names_what_failed(tmp_path):
     table = comparison_table(runs)
     assert [row[0] for row in table.rows] == ["full", "frozen", "scratch", "lp_ft"]
     assert [row[-1] for row in table.rows] == [
-        "best", "within noise, p = 1.00", "worse, p < 0.001", "failed: non-finite loss"
+        "best", "within noise, p=1.00", "worse, p<0.001", "failed: non-finite loss"
     ]  # fmt: skip
     assert table.rows[0][1] == "0.910 (0.838-0.952)"
     assert "McNemar" in table.note
@@ -152,7 +152,7 @@ def test_seeds_of_one_recipe_are_one_arm(tmp_path):
     assert full[:2] == ["full", "0.9550 ± 0.0050 (3 seeds)"]
     assert full[-1] == "best"
     assert scratch[0] == "scratch"
-    assert scratch[-1].startswith("worse, p ")
+    assert scratch[-1].startswith("worse, p")
     save_comparison(runs, "accuracy", tmp_path / "compare.png")
 
 

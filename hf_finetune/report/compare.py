@@ -202,7 +202,7 @@ def _against(arm: Arm, best: Arm) -> tuple[str, Test | None]:
     p, test = _p_value(arm, best)
     if p is None:
         return "", None
-    size = "p < 0.001" if p < 0.001 else f"p = {p:.2f}" if p >= 0.095 else f"p = {p:.3f}"
+    size = "p<0.001" if p < 0.001 else f"p={p:.2f}" if p >= 0.095 else f"p={p:.3f}"
     return f"{'within noise' if p >= SIGNIFICANT else 'worse'}, {size}", test
 
 

@@ -159,7 +159,7 @@ def _print_rich(
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = RichTable(box=box.SIMPLE_HEAD, header_style="bold cyan", padding=(0, 1, 0, 0), show_edge=False)
+    table = RichTable(box=box.SIMPLE_HEAD, header_style="bold cyan", padding=(0, 1, 0, 0))
     for i, (name, to_right) in enumerate(zip(columns, right, strict=True)):
         # Where room is short the words of the first and last column fold, and headers; figures never do.
         figures = 0 < i < len(columns) - 1
