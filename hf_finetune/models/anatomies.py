@@ -1,14 +1,15 @@
 """The anatomy of timm's and transformers' networks: the one place that knows model families.
 
-Every parameter gets a place: a block's number, or none. What has none lies in the stem when it is defined before the
-first block, else in the head, with one exception: a convolution above the last block (MobileNet's `conv_head`), and the
-normalisation after it, hold pretrained features and make a last block of their own.
+Every parameter gets a place: a block's number, or none. What has none lies in the stem when it is defined
+before the first block, else in the head, with one exception: a convolution above the last block (MobileNet's
+`conv_head`), and the normalisation after it, hold pretrained features and make a last block of their own.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from timm.models import group_parameters
@@ -41,7 +42,7 @@ LAYER_LISTS: dict[str, tuple[str, ...]] = {
     "swin": ("encoder.layers",),
     "vit": ("layers",),
 }
-"""transformers' model type -> where its blocks are, under the base model. For others the structure is read."""
+"""transformers' model type -> where its blocks are, under the base model. Others are read by structure."""
 
 EXCEPTIONS: dict[str, tuple[tuple[str, int], ...]] = {
     # One table of relative positions and one norm serve every layer; the convolution runs beside the first.
@@ -49,13 +50,13 @@ EXCEPTIONS: dict[str, tuple[tuple[str, int], ...]] = {
     "deberta-v2": ((r"encoder\.(rel_embeddings|LayerNorm)\.", _FIRST), (r"encoder\.conv\.", 0)),
     "mpnet": ((r"encoder\.relative_attention_bias\.", _FIRST),),
 }
-"""transformers' model type -> (regex on the name under the base model, block or stem) where order does not tell."""
+"""transformers' model type -> (regex on the name under the base model, place) where order does not tell."""
 
 _TOKENS = ("cls_token", "mask_token", "distillation_token", "position_embeddings")
 """Raw parameters of transformers' vision models that timm's `no_weight_decay` exempts under its own names."""
 
 
-def timm_anatomy(model: nn.Module, outputs: Mapping[str, nn.Module], *, new: frozenset[str]) -> Anatomy:
+def timm_anatomy(model: Any, outputs: Mapping[str, nn.Module], *, new: frozenset[str]) -> Anatomy:
     """Return the anatomy of a timm model: stages of a CNN or Swin, blocks of a ViT.
 
     `outputs` are its output layers by name, `new` the tensors the checkpoint did not hold.
@@ -65,7 +66,9 @@ def timm_anatomy(model: nn.Module, outputs: Mapping[str, nn.Module], *, new: fro
     return _anatomy(model, places, outputs, new=new, exempt=lambda name: name in undecayed, family=None)
 
 
-def transformers_anatomy(model: Any, outputs: Mapping[str, nn.Module], *, new: frozenset[str], text: bool) -> Anatomy:
+def transformers_anatomy(
+    model: Any, outputs: Mapping[str, nn.Module], *, new: frozenset[str], text: bool
+) -> Anatomy:
     """Return the anatomy of a transformers model: embeddings, the entries of its layer list, head."""
     prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix or " ") else ""
     base = getattr(model, prefix) if prefix else model
@@ -93,7 +96,7 @@ def transformers_anatomy(model: Any, outputs: Mapping[str, nn.Module], *, new: f
     )
 
 
-def output_layers(where: str, model: nn.Module, count: int) -> dict[str, nn.Module]:
+def output_layers(where: str, model: Any, count: int) -> dict[str, nn.Module]:
     """Return the layers whose outputs are the logits, by name: one, or one per head of a distilled model.
 
     Raises:
@@ -118,8 +121,8 @@ def output_layers(where: str, model: nn.Module, count: int) -> dict[str, nn.Modu
 def module_groups(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
     """Return module name -> the layer group it belongs to; a container that spans several groups is absent.
 
-    A module belongs where all its parameters do. One without parameters (dropout, pooling) belongs to the module
-    around it, or, where that spans several groups, to the group of the last parameter defined before it.
+    A module belongs where all its parameters do. One without parameters (dropout, pooling) belongs to the
+    module around it, or, where that spans several groups, to the group of the last parameter before it.
     """
     groups = {parameter.name: parameter.group for parameter in anatomy.parameters}
     by_tensor = {id(tensor): groups[name] for name, tensor in model.named_parameters()}
@@ -148,17 +151,28 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, known) or ("Norm" in type(module).__name__ and all(p.ndim <= 1 for p in own))
 
 
-def _timm_places(model: nn.Module, outputs: Mapping[str, nn.Module]) -> dict[str, int]:
+def _timm_places(model: Any, outputs: Mapping[str, nn.Module]) -> dict[str, int]:
     if not hasattr(model, "group_matcher"):
         (path,) = _find_layer_list(model)
-        return {n: int(n[len(path) + 1 :].split(".")[0]) for n, _ in model.named_parameters() if n.startswith(f"{path}.")}
-    matcher: Any = model.group_matcher(coarse=True)
+        return {
+            n: int(n[len(path) + 1 :].split(".")[0])
+            for n, _ in model.named_parameters()
+            if n.startswith(f"{path}.")
+        }
+    matcher = _matcher(model)
     if isinstance(matcher, dict):
         matcher = {key: _without_joins(entry) for key, entry in matcher.items()}
     ids: dict[str, int] = group_parameters(model, matcher, reverse=True)
     # What no pattern matches comes last, the output layer with it.
     above = {ids[name] for name, _ in model.named_parameters() if name.rpartition(".")[0] in outputs}
     return {name: number - 1 for name, number in ids.items() if number not in above}
+
+
+def _matcher(model: Any) -> Any:
+    try:
+        return model.group_matcher(coarse=True)
+    except AssertionError:  # a few architectures know blocks only
+        return model.group_matcher(coarse=False)
 
 
 def _without_joins(entry: Any) -> Any:
@@ -168,7 +182,7 @@ def _without_joins(entry: Any) -> Any:
 
 
 def _find_layer_list(base: nn.Module) -> tuple[str, ...]:
-    """Return the path of the outermost list of layers that holds most parameters, as a tuple of one; or none."""
+    """Return the path of the outermost list of layers that holds most parameters; empty without one."""
 
     def outermost(module: nn.Module, path: str) -> Iterator[tuple[int, str]]:
         for name, child in module.named_children():
@@ -199,7 +213,11 @@ def _anatomy(
     }
     settled = _settle(model, places, outputs, owners)
     numbers = sorted({place for place in settled.values() if isinstance(place, int) and place != _FIRST})
-    names: dict[int | str, str] = {_FIRST: STEM, HEAD: HEAD, **{n: f"block.{i}" for i, n in enumerate(numbers)}}
+    names: dict[int | str, str] = {
+        _FIRST: STEM,
+        HEAD: HEAD,
+        **{n: f"block.{i}" for i, n in enumerate(numbers)},
+    }
     used = {names[place] for place in settled.values()}
     groups = tuple(name for name in (STEM, *(names[n] for n in numbers), HEAD) if name in used)
     parameters = []
@@ -223,7 +241,10 @@ def _anatomy(
 
 
 def _settle(
-    model: nn.Module, places: Mapping[str, int], outputs: Mapping[str, nn.Module], owners: Mapping[str, nn.Module]
+    model: nn.Module,
+    places: Mapping[str, int],
+    outputs: Mapping[str, nn.Module],
+    owners: Mapping[str, nn.Module],
 ) -> dict[str, int | str]:
     """Return parameter name -> block number, `_FIRST` for the stem, or `HEAD`."""
     names = [name for name, _ in model.named_parameters()]
@@ -247,25 +268,28 @@ def _settle(
 
 
 def _join_lone_norms(settled: dict[str, int | str], owners: Mapping[str, nn.Module]) -> dict[str, int | str]:
-    """Return the places with blocks that are nothing but a normalisation joined to the block before (VGG's)."""
+    """Return the places with blocks that are nothing but a norm joined to the block before (VGG's)."""
     numbers = sorted({place for place in settled.values() if isinstance(place, int)})
     joined: dict[int | str, int | str] = {}
     for before, number in zip([_FIRST, *numbers], numbers, strict=False):
-        lone = number != _FIRST and all(is_norm(owners[name]) for name, place in settled.items() if place == number)
+        lone = number != _FIRST and all(
+            is_norm(owners[name]) for name, place in settled.items() if place == number
+        )
         joined[number] = joined.get(before, before) if lone else number
     return {name: joined.get(place, place) for name, place in settled.items()}
 
 
 def _vision_family(model: nn.Module, anatomy: Anatomy) -> Family:
-    """Return `vit` when at least half of the blocks attend, else `cnn` (ConvNeXt, a ResNet with one such block)."""
-    homes = module_groups(model, anatomy)
+    """Return `vit` when at least half of the blocks attend, else `cnn` (ConvNeXt and hybrids included)."""
+    groups = {parameter.name: parameter.group for parameter in anatomy.parameters}
+    by_tensor = {id(tensor): groups[name] for name, tensor in model.named_parameters()}
     blocks = {group for group in anatomy.groups if group.startswith("block.")}
-    attending = {homes[name] for name, module in model.named_modules() if name in homes and _attends(module)}
+    attending = {by_tensor[id(t)] for m in model.modules() if _attends(m) for t in islice(m.parameters(), 1)}
     return "vit" if blocks and len(attending & blocks) * 2 >= len(blocks) else "cnn"
 
 
 def _attends(module: nn.Module) -> bool:
-    return any(hasattr(module, name) for name in ("num_heads", "num_attention_heads", "n_heads"))
+    return any(hasattr(module, name) for name in ("num_heads", "num_attention_heads", "n_heads", "heads"))
 
 
 def _heads(classifier: Any) -> Iterable[nn.Module]:
@@ -274,7 +298,7 @@ def _heads(classifier: Any) -> Iterable[nn.Module]:
         for each in classifier:
             yield from _heads(each)
     elif hasattr(classifier, "head_dist"):
-        yield from (classifier.head, classifier.head_dist)
+        yield from (head for head in (classifier.head, classifier.head_dist) if list(head.parameters()))
     else:
         yield classifier
 

@@ -1,4 +1,4 @@
-"""What a checkpoint reads: image size, normalisation and crop, or tokenizer and length. Nothing is guessed."""
+"""What a checkpoint reads: image size, normalisation, crop, or tokenizer and length. Nothing is guessed."""
 
 from __future__ import annotations
 
@@ -48,20 +48,24 @@ def load_processor(where: str, folder: Path, *, trust_remote_code: bool) -> Any:
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
-            f"{where}: no usable image processor in {folder} (preprocessor_config.json), so image size, mean and std "
-            f"are unknown: {_first_line(error)} Save one beside the model: "
+            f"{where}: no usable image processor in {folder} (preprocessor_config.json), so image size, mean "
+            f"and std are unknown: {_first_line(error)} Save one beside the model: "
             "`AutoImageProcessor.from_pretrained(<original id>).save_pretrained(<folder>)`."
         ) from None
 
 
-def processor_input(where: str, processor: Any, *, image_size: int | tuple[int, int] | None = None) -> ImageInput:
+def processor_input(
+    where: str, processor: Any, *, image_size: int | tuple[int, int] | None = None
+) -> ImageInput:
     """Return what a transformers image processor does, in timm's terms; `image_size` overrides its size.
 
     Raises:
         ModelError: the processor states no size.
     """
     size = _as_dict(getattr(processor, "size", None))
-    crop = _as_dict(getattr(processor, "crop_size", None)) if getattr(processor, "do_center_crop", False) else {}
+    crop = (
+        _as_dict(getattr(processor, "crop_size", None)) if getattr(processor, "do_center_crop", False) else {}
+    )
     crop_pct = getattr(processor, "crop_pct", None)
     if crop:
         target = _sides(crop)
@@ -87,7 +91,7 @@ def processor_input(where: str, processor: Any, *, image_size: int | tuple[int, 
     normalises = getattr(processor, "do_normalize", True)
     mean = tuple(float(v) for v in processor.image_mean) if normalises else (0.0, 0.0, 0.0)
     std = tuple(float(v) for v in processor.image_std) if normalises else (1.0, 1.0, 1.0)
-    # Our pixels are in 0..1. Where the processor scales 0..255 to anything else, the factor moves into mean and std.
+    # Our pixels are in 0..1. Where the processor scales 0..255 otherwise, the factor moves into mean and std.
     scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", True) else 255.0
     if abs(scale - 1) > 1e-6:
         mean, std = tuple(v / scale for v in mean), tuple(v / scale for v in std)
@@ -147,7 +151,9 @@ def _position_offset(model: nn.Module) -> int:
 def _as_dict(size: Any) -> dict[str, int]:
     if isinstance(size, int):
         return {"shortest_edge": size}
-    return {k: v for k, v in dict(size).items() if v is not None} if isinstance(size, Mapping) else _fields(size)
+    return (
+        {k: v for k, v in dict(size).items() if v is not None} if isinstance(size, Mapping) else _fields(size)
+    )
 
 
 def _fields(size: Any) -> dict[str, int]:
@@ -171,7 +177,9 @@ def _interpolation(processor: Any) -> str:
 
 def _require_rgb(where: str, channels: int) -> None:
     if channels != 3:
-        raise ModelError(f"{where}: it reads {channels} channels; images are read as RGB. Take a backbone of 3 channels.")
+        raise ModelError(
+            f"{where}: it reads {channels} channels; images are read as RGB. Take a backbone of 3 channels."
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -44,8 +44,8 @@ def load_backbone(spec: BackboneSpec, labels: Labels, modality: Modality, *, see
     """
     if spec.trust_remote_code and not spec.revision and not Path(spec.id).expanduser().is_dir():
         raise ModelError(
-            f"backbone '{spec.id}': trust_remote_code runs code from the repository, so name the version you have read: "
-            "set `backbone.revision` to a commit."
+            f"backbone '{spec.id}': trust_remote_code runs code from the repository, so name the version "
+            "you have read: set `backbone.revision` to a commit."
         )
     source = find_source(spec)
     with _seeded(seed):
@@ -55,7 +55,7 @@ def load_backbone(spec: BackboneSpec, labels: Labels, modality: Modality, *, see
 
 
 def save_backbone(backbone: Backbone, folder: Path, labels: Labels) -> None:
-    """Write a backbone to `folder` so that its own library, and `load_backbone`, load it with equal outputs."""
+    """Write a backbone to `folder`, where its own library and `load_backbone` find it with equal outputs."""
     if isinstance(backbone.input, ImageInput) and backbone.library == "timm":
         load_timm.save(backbone.model, backbone.input, folder, labels)
     else:
@@ -74,7 +74,9 @@ def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def _load_timm(spec: BackboneSpec, source: Source, labels: Labels, modality: Modality) -> Backbone:
     where = f"backbone '{spec.id}'"
     if modality != "image":
-        raise ModelError(f"{where}: timm's '{source.architecture}' reads images, the task gives it texts. {_OTHER_TASK}")
+        raise ModelError(
+            f"{where}: timm's '{source.architecture}' reads images, the task gives texts. {_OTHER_TASK}"
+        )
     model, loading = load_timm.build(spec, source, labels)
     read = timm_input(where, model)
     outputs = output_layers(where, model, labels.outputs)
@@ -90,7 +92,7 @@ def _load_transformers(spec: BackboneSpec, source: Source, labels: Labels, modal
     expected = expected_modality(spec)
     if expected and expected != modality:
         raise ModelError(
-            f"{where}: '{source.architecture}' reads {expected}s, the task gives it {modality}s. {_OTHER_TASK}"
+            f"{where}: '{source.architecture}' reads {expected}s, the task gives {modality}s. {_OTHER_TASK}"
         )
     assert source.folder is not None
     model, loading, keeps_outputs = load_transformers.build(spec, source, labels, modality)
@@ -124,7 +126,9 @@ def _new(spec: BackboneSpec, model: nn.Module, loading: Loading) -> frozenset[st
     return frozenset(loading.missing + loading.mismatched if spec.pretrained else model.state_dict())
 
 
-def _report(spec: BackboneSpec, source: Source, model: nn.Module, anatomy: Anatomy, loading: Loading) -> LoadReport:
+def _report(
+    spec: BackboneSpec, source: Source, model: nn.Module, anatomy: Anatomy, loading: Loading
+) -> LoadReport:
     """Return the load report.
 
     Raises:
@@ -168,18 +172,18 @@ def _too_little(spec: BackboneSpec, report: LoadReport) -> str:
         return f" {label}: {', '.join(names[:3])}{more}."
 
     return (
-        f"backbone '{spec.id}': the checkpoint fills {report.share:.1%} of the backbone's parameters, at least "
-        f"{spec.min_loaded:.0%} is asked for."
+        f"backbone '{spec.id}': the checkpoint fills {report.share:.1%} of the backbone's parameters, "
+        f"at least {spec.min_loaded:.0%} is asked for."
         + some("Missing", report.missing)
         + some("Of another shape", report.mismatched)
         + some("In the checkpoint but not in the model", report.unexpected)
-        + " Is it the checkpoint of this architecture, with these options? If so, lower `backbone.min_loaded`; "
-        "to train from random weights set `backbone.pretrained: false`."
+        + " Is it the checkpoint of this architecture, with these options? If so, lower "
+        "`backbone.min_loaded`; to train from random weights set `backbone.pretrained: false`."
     )
 
 
 def _start_outputs(spec: BackboneSpec, outputs: Mapping[str, nn.Module], new: frozenset[str]) -> None:
-    """Start a new output layer at zero: every class is equally likely at first (BiT, Kolesnikov et al. 2020)."""
+    """Start a new output layer at zero: all classes equally likely at first (BiT, Kolesnikov et al. 2020)."""
     if spec.head_init != "zero":
         return
     with torch.no_grad():
@@ -193,5 +197,5 @@ def _start_outputs(spec: BackboneSpec, outputs: Mapping[str, nn.Module], new: fr
 def _seeded(seed: int) -> Iterator[None]:
     """Draw from `seed` inside, on the CPU; the random state outside is untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield

@@ -43,22 +43,30 @@ def build(spec: BackboneSpec, source: Source, labels: Labels) -> tuple[nn.Module
     where = f"backbone '{spec.id}'"
     if "num_classes" in spec.options:
         raise ModelError(
-            f"{where}: options.num_classes: {spec.options['num_classes']} is given, but the data's labels decide "
-            f"({labels.outputs}). Remove it."
+            f"{where}: options.num_classes: {spec.options['num_classes']} is given, but the data's labels "
+            f"decide it ({labels.outputs}). Remove it."
         )
     name = f"local-dir:{source.folder}" if source.folder else source.architecture
     keeps_outputs = label_names(source.config) == labels.names
     loading = Loading()
     try:
         with _watched(loading, None if keeps_outputs else (where, labels.outputs)):
-            model = timm.create_model(name, pretrained=spec.pretrained, **spec.options, num_classes=labels.outputs)
+            model = timm.create_model(
+                name, pretrained=spec.pretrained, **spec.options, num_classes=labels.outputs
+            )
     except SafetensorError as error:
-        raise ModelError(f"{where}: {source.folder}/{WEIGHTS} cannot be read ({error}). Fetch or save it again.") from None
+        raise ModelError(
+            f"{where}: {source.folder}/{WEIGHTS} cannot be read ({error}). Fetch or save it again."
+        ) from None
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         options = f" with options {spec.options}" if spec.options else ""
         raise ModelError(
             f"{where}: timm {timm.__version__} cannot build '{source.architecture}'{options}: {error}. "
-            + ("Correct `backbone.options`." if spec.options else "Is it a newer architecture? `pip install -U timm`.")
+            + (
+                "Correct `backbone.options`."
+                if spec.options
+                else "Is it a newer architecture? `pip install -U timm`."
+            )
         ) from None
     return model, loading
 
@@ -72,7 +80,7 @@ def label_names(config: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def save(model: nn.Module, read: ImageInput, folder: Path, labels: Labels) -> None:
-    """Write config.json and model.safetensors as timm's `save_for_hf` does, from any device and memory format."""
+    """Write config.json and model.safetensors as timm's `save_for_hf` does, from any device and layout."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -29,7 +29,9 @@ _DECIDED = ("num_labels", "id2label", "label2id", "problem_type")
 _LOADING_OPTIONS = ("attn_implementation", "dtype")
 
 
-def build(spec: BackboneSpec, source: Source, labels: Labels, modality: Modality) -> tuple[Any, Loading, bool]:
+def build(
+    spec: BackboneSpec, source: Source, labels: Labels, modality: Modality
+) -> tuple[Any, Loading, bool]:
     """Return the model with an output layer for `labels`, what was loaded, and whether that layer was kept.
 
     The checkpoint's output layer is kept only when it was trained on the same label names in the same order.
@@ -45,14 +47,19 @@ def build(spec: BackboneSpec, source: Source, labels: Labels, modality: Modality
         task = f"{modality} classification"
         raise ModelError(
             f"{where}: transformers has no {task} model of type '{source.architecture}'. "
-            "Take another backbone" + (", or set `trust_remote_code: true`." if source.config.get("auto_map") else ".")
+            "Take another backbone"
+            + (", or set `trust_remote_code: true`." if source.config.get("auto_map") else ".")
         )
     options = {"dtype": torch.float32} | {k: v for k, v in spec.options.items() if k in _LOADING_OPTIONS}
     loading = Loading()
     try:
         with _quiet():
             if not spec.pretrained:
-                return auto.from_config(config, trust_remote_code=spec.trust_remote_code, **options), loading, False
+                return (
+                    auto.from_config(config, trust_remote_code=spec.trust_remote_code, **options),
+                    loading,
+                    False,
+                )
             model, info = auto.from_pretrained(
                 source.folder,
                 config=config,
@@ -63,12 +70,27 @@ def build(spec: BackboneSpec, source: Source, labels: Labels, modality: Modality
                 **options,
             )
     except SafetensorError as error:
-        raise ModelError(f"{where}: its weights cannot be read ({error}). Fetch or save them again.") from None
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OSError, ImportError, AssertionError) as error:
+        raise ModelError(
+            f"{where}: its weights cannot be read ({error}). Fetch or save them again."
+        ) from None
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        OSError,
+        ImportError,
+        AssertionError,
+    ) as error:
         given = f" with options {spec.options}" if spec.options else ""
-        raise ModelError(f"{where}: transformers cannot build '{source.architecture}'{given}: {error}") from None
+        raise ModelError(
+            f"{where}: transformers cannot build '{source.architecture}'{given}: {error}"
+        ) from None
     loading.missing = sorted(info["missing_keys"])
-    loading.mismatched = sorted(each[0] if isinstance(each, tuple) else each for each in info["mismatched_keys"])
+    loading.mismatched = sorted(
+        each[0] if isinstance(each, tuple) else each for each in info["mismatched_keys"]
+    )
     loading.unexpected = sorted(info["unexpected_keys"])
     return model, loading, keeps_outputs
 
@@ -93,7 +115,9 @@ def save(model: Any, beside: Any, folder: Path, labels: Labels) -> None:
 def _config(where: str, spec: BackboneSpec, source: Source, labels: Labels) -> tuple[Any, bool]:
     decided = [key for key in _DECIDED if key in spec.options]
     if decided:
-        raise ModelError(f"{where}: options.{decided[0]} is given, but the data's labels decide it. Remove it.")
+        raise ModelError(
+            f"{where}: options.{decided[0]} is given, but the data's labels decide it. Remove it."
+        )
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=spec.trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
@@ -104,7 +128,8 @@ def _config(where: str, spec: BackboneSpec, source: Source, labels: Labels) -> t
         if not hasattr(config, key):
             known = [*config.to_dict(), *_LOADING_OPTIONS]
             raise ModelError(
-                f"{where}: options.{key}: '{source.architecture}' has no such setting.{did_you_mean(key, known)}"
+                f"{where}: options.{key}: '{source.architecture}' has no such setting."
+                f"{did_you_mean(key, known)}"
             )
         setattr(config, key, value)
     stored = tuple(config.id2label[i] for i in sorted(config.id2label)) if config.id2label else None

@@ -124,7 +124,9 @@ def _modality_of(config: dict[str, Any]) -> Modality | None:
     return "text" if reads_text else "image"
 
 
-_ALLOWED = "A backbone is a local folder in Hub layout, a Hub id such as `timm/resnet18.a1_in1k`, or `shipped/…`."
+_ALLOWED = (
+    "A backbone is a local folder in Hub layout, a Hub id such as `timm/resnet18.a1_in1k`, or `shipped/…`."
+)
 
 
 def _names_a_path(name: str) -> bool:
@@ -226,8 +228,8 @@ def _fetch(spec: BackboneSpec, hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HFValidationError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -235,13 +237,21 @@ def _fetch(spec: BackboneSpec, hub_id: str) -> Path:
     )
 
     where = f"backbone '{spec.id}'"
-    patterns = [*_SMALL_FILES, *(_WEIGHT_FILES if spec.pretrained else ()), *(["*.py"] if spec.trust_remote_code else ())]
+    patterns = [
+        *_SMALL_FILES,
+        *(_WEIGHT_FILES if spec.pretrained else ()),
+        *(["*.py"] if spec.trust_remote_code else ()),
+    ]
     try:
         return Path(
-            snapshot_download(hub_id, revision=spec.revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+            snapshot_download(
+                hub_id, revision=spec.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
         )
     except HFValidationError:
-        raise ModelError(f"{where}: this is no folder and no valid Hub id.{_near_folder(Path(spec.id))} {_ALLOWED}") from None
+        raise ModelError(
+            f"{where}: this is no folder and no valid Hub id.{_near_folder(Path(spec.id))} {_ALLOWED}"
+        ) from None
     except GatedRepoError:
         raise ModelError(
             f"{where}: the repository is gated. Accept its terms on https://huggingface.co/{hub_id}, "
@@ -259,7 +269,9 @@ def _fetch(spec: BackboneSpec, hub_id: str) -> Path:
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         # The Hub's client tells "offline by choice" and "no network" apart only by this variable.
-        offline = next((v for v in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_on(os.environ.get(v))), None)
+        offline = next(
+            (v for v in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_on(os.environ.get(v))), None
+        )
         if offline:
             problem = f"{offline}={os.environ[offline]} is set and it is not in the Hub's cache"
             remedy = f"Unset {offline} to fetch it once"
@@ -267,8 +279,8 @@ def _fetch(spec: BackboneSpec, hub_id: str) -> Path:
             problem = f"it is not in the Hub's cache and the Hub cannot be reached ({type(error).__name__})"
             remedy = "Check the network and run again"
         raise ModelError(
-            f"{where}: there is no such folder here, {problem}.{_near_name(spec)} {remedy}, or name a local folder or "
-            f"a shipped backbone ({', '.join('shipped/' + name for name in shipped.BACKBONES)})."
+            f"{where}: there is no such folder here, {problem}.{_near_name(spec)} {remedy}, or name a local "
+            f"folder or a shipped backbone ({', '.join('shipped/' + name for name in shipped.BACKBONES)})."
         ) from None
 
 
