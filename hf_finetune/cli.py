@@ -117,7 +117,7 @@ def predict(
 @app.command()
 def compare(
     arms: Annotated[list[str], typer.Argument(metavar="RECIPE...|RUN... [KEY=VALUE]...")],
-    output: Annotated[Path, typer.Option(help="Folder for the runs and compare.png.")] = Path("runs/compare"),
+    output: Annotated[Path | None, typer.Option(help="Folder for the runs and compare.png.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each recipe, with seeds 0 to N-1.")] = 1,
     quiet: Quiet = False,
 ) -> None:

@@ -83,7 +83,8 @@ def check_frozen(model: nn.Module, plan: PhasePlan, before: dict[str, str]) -> N
     Raises:
         TrainingError: a frozen parameter or buffer moved.
     """
-    after = fingerprints({name: t for name, t in frozen_tensors(model, plan).items() if name in before})
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    after = fingerprints({name: tensor for name, tensor in tensors.items() if name in before})
     moved = sorted(name for name, mark in before.items() if after.get(name) != mark)
     if moved:
         raise TrainingError(

@@ -96,7 +96,7 @@ class Record:
         if not self.is_main:
             return
         monitor = self.setup.recipe.monitor
-        found = {"metric": monitor.metric, "value": best.value, "step": best.step, "epoch": best.epoch,
+        found = {"metric": monitor.metric, "mode": monitor.mode, "value": best.value, "step": best.step, "epoch": best.epoch,
                  "metrics": best.metrics, "loss": result.loss}  # fmt: skip
         self._write_model(model, found)
         if self.setup.splits.labels.kind == "single":

@@ -16,8 +16,9 @@ from accelerate.utils import gather_object, set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from hf_finetune.augment.batch import mix, mixers
 from hf_finetune.data.loaders import iterate_batches
-from hf_finetune.data.splits import class_weights
+from hf_finetune.data.targets import class_weights, soft_targets
 from hf_finetune.errors import Interrupted, TrainingError
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_tensors
@@ -93,6 +94,7 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
     measured = ema.module if ema else model
 
     loader, validation = build_loaders(setup, accelerator)
+    mixing = mixers(recipe.augment)
     weights = class_weights(recipe.data, splits.labels, splits.train_counts)
     class_weight = torch.tensor(weights, device=device) if weights else None
 
@@ -133,6 +135,11 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
         loss = torch.zeros((), device=device)
         for number, batch in enumerate(micro_batches, 1):
             inputs, targets = to_device(batch["inputs"], device), batch["labels"].to(device, non_blocking=True)
+            if mixing:
+                inputs["pixel_values"], targets = mix(
+                    inputs["pixel_values"], soft_targets(targets, splits.labels), batch["indices"].tolist(),
+                    mixing=mixing, seed=training.seed, epoch=epoch,
+                )  # fmt: skip
             with nullcontext() if number == len(micro_batches) else accelerator.no_sync(wrapped):
                 with accelerator.autocast():
                     logits = forward(wrapped, inputs)

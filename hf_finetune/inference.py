@@ -1,0 +1,260 @@
+"""A trained model at work: metrics on a split, predictions for new inputs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from datasets import Dataset, Features, Image, Value
+
+from hf_finetune.data.labels import Labels
+from hf_finetune.data.loaders import EvalSet, eval_loader
+from hf_finetune.data.spec import DataSpec
+from hf_finetune.data.checks import read_image
+from hf_finetune.data.splits import load_split, load_splits
+from hf_finetune.errors import ModelError, UserError, did_you_mean
+from hf_finetune.evaluation import Evaluation, evaluate, to_device
+from hf_finetune.models.load import Backbone, forward, load_backbone
+from hf_finetune.models.source import find_source
+from hf_finetune.models.spec import BackboneSpec
+from hf_finetune.precision import mixed_precision
+from hf_finetune.recipe import Recipe, load_recipe
+from hf_finetune.report.tables import print_table
+from hf_finetune.runfolder import load_run
+from hf_finetune.tasks import TASKS
+from hf_finetune.tasks.loss import probabilities
+from hf_finetune.tasks.metrics import default_metric
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+FORMATS = ("table", "csv", "jsonl")
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model with the recipe it came from."""
+
+    recipe: Recipe
+    labels: Labels
+    backbone: Backbone
+    recorded: dict[str, Any] | None
+    """What the run said of its best weights."""
+
+
+def load_trained(place: str) -> Trained:
+    """Load the model of a run folder, a model folder or a Hub repository, with its recipe.
+
+    Raises:
+        UserError: there is no such run, or it holds no model or no recipe.
+        ModelError: the model cannot be loaded.
+    """
+    path, recorded = Path(place), None
+    if (path / "run.json").is_file():
+        run = load_run(path)
+        if not run.model_folder.is_dir():
+            raise UserError(f"{place}: this run kept no model (status {run.status.get('status')}).")
+        folder, recorded = run.model_folder, run.best
+    else:
+        found = find_source(BackboneSpec(id=place)).folder
+        assert found is not None, "pretrained weights have a folder"
+        folder = found
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(
+            f"{place}: no recipe.yaml beside the model, so how its data was read is unknown. "
+            "Give a run folder, its model/ folder, or a repository pushed from one."
+        )
+    recipe = load_recipe(folder / "recipe.yaml")
+    labels = Labels(recipe.data.labels, _label_names(folder))
+    spec = recipe.backbone.model_copy(update={"id": str(folder), "revision": None, "pretrained": True})
+    backbone = load_backbone(spec, labels, TASKS[recipe.task].modality, seed=recipe.training.seed)
+    if backbone.report.new:
+        raise ModelError(f"{place}: {backbone.report.new[0]} is not in the model's weights; the folder is damaged.")
+    return Trained(recipe, labels, backbone, recorded)
+
+
+def evaluate_model(place: str, options: Sequence[str]) -> Evaluation:
+    """Print the metrics of a trained model on a split.
+
+    Args:
+        place: run folder, model folder or Hub repository.
+        options: `data=…` (another data set of the same labels) and `split=…`; the run's validation split otherwise.
+    """
+    asked = _options(options, ("data", "split"))
+    trained = load_trained(place)
+    recipe, labels = trained.recipe, trained.labels
+    spec, split = recipe.data, asked.get("split", "validation")
+    if "data" in asked:
+        spec = DataSpec(path=asked["data"], columns=spec.columns, labels=spec.labels, max_length=spec.max_length)
+        rows = load_split(spec, split, labels, seed=recipe.training.seed, task=recipe.task)
+    elif split in {"train", "validation"} or (split == "test" and spec.test is not None):
+        splits = load_splits(spec, seed=recipe.training.seed, task=recipe.task)
+        if splits.labels != labels:
+            raise UserError(
+                f"{place}: the model knows the labels {', '.join(labels.names)}; its data now has "
+                f"{', '.join(splits.labels.names)}. Give the data it was trained with, or data=…"
+            )
+        rows = getattr(splits, split)
+    else:
+        rows = load_split(spec, split, labels, seed=recipe.training.seed, task=recipe.task)
+    if "label" not in rows.column_names:
+        raise UserError(f"{place}: split '{split}' has no labels to measure against; `predict` needs none.")
+    accelerator = _accelerator(recipe)
+    model = trained.backbone.model.to(accelerator.device)
+    loader = _loader(rows, trained, accelerator)
+    names = list(dict.fromkeys([recipe.monitor.metric, *recipe.monitor.metrics, default_metric(labels.kind)]))
+    result = evaluate(model, loader, labels, names, accelerator)
+    if accelerator.is_main_process:
+        where = f"{spec.path}, split {split}: {len(rows)} rows"
+        print_table(f"{place} on {where}", ["metric", "value"], [*result.metrics.items(), ("loss", result.loss)])
+        if trained.recorded and split == "validation" and "data" not in asked:
+            _say(f"recorded by the run: {trained.recorded['metric']} {trained.recorded['value']:.4f}")
+    return result
+
+
+def predict_inputs(place: str, inputs: Sequence[str], *, form: str = "table", top: int = 1) -> list[dict[str, Any]]:
+    """Print the model's predictions for images or texts and return them, one row per input and label.
+
+    Args:
+        place: run folder, model folder or Hub repository.
+        inputs: image files or folders of them; texts, or `.txt` (a text a line), `.csv`, `.jsonl` files.
+        form: `table`, `csv` or `jsonl`.
+        top: labels per input, the likeliest first; multi-label models give every label over 0.5, at least one.
+    """
+    if form not in FORMATS:
+        raise UserError(f"--format {form}: choose from {', '.join(FORMATS)}.{did_you_mean(form, FORMATS)}")
+    trained = load_trained(place)
+    names, rows = (_image_rows if TASKS[trained.recipe.task].modality == "image" else _text_rows)(inputs, trained)
+    accelerator = _accelerator(trained.recipe)
+    model = trained.backbone.model.to(accelerator.device).eval()
+    found: dict[int, list[float]] = {}
+    with torch.no_grad():
+        for batch in _loader(rows, trained, accelerator):
+            with accelerator.autocast():
+                logits = forward(model, to_device(batch["inputs"], accelerator.device))
+            for index, values in zip(batch["indices"].tolist(), probabilities(trained.labels.kind, logits).tolist(), strict=True):
+                found[index] = values
+    answers = [answer for index, name in enumerate(names) for answer in _answers(name, found[index], trained.labels, top)]
+    _write(answers, form)
+    return answers
+
+
+def _answers(name: str, values: list[float], labels: Labels, top: int) -> Iterable[dict[str, Any]]:
+    if labels.kind == "regression":
+        yield {"input": name, "value": values[0]}
+        return
+    ranked = sorted(zip(labels.names, values, strict=True), key=lambda pair: -pair[1])
+    count = max(top, sum(value > 0.5 for value in values)) if labels.kind == "multi" else top
+    for label, value in ranked[:count]:
+        yield {"input": name, "label": label, "probability": value}
+
+
+def _write(answers: list[dict[str, Any]], form: str) -> None:
+    columns = list(answers[0])
+    if form == "table":
+        print_table("", columns, [list(answer.values()) for answer in answers])
+    elif form == "csv":
+        writer = csv.DictWriter(sys.stdout, columns)
+        writer.writeheader()
+        writer.writerows(answers)
+    else:
+        for answer in answers:
+            _say(json.dumps(answer, ensure_ascii=False))
+
+
+def _image_rows(inputs: Sequence[str], trained: Trained) -> tuple[list[str], Dataset]:
+    files: list[Path] = []
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"predict: there is no file or folder '{given}'; this model reads images.")
+    if not files:
+        raise UserError(f"predict: no image in {', '.join(inputs)} ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    cells = [{"bytes": None, "path": str(path.resolve())} for path in files]
+    rows = Dataset.from_dict({"image": cells}, features=Features({"image": Image(decode=False)}))
+    return [str(path) for path in files], rows.with_transform(_decode)
+
+
+def _decode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {"image": [read_image(cell, f"'{cell['path']}'") for cell in batch["image"]]}
+
+
+def _text_rows(inputs: Sequence[str], trained: Trained) -> tuple[list[str], Dataset]:
+    """Read texts; in csv and jsonl files from the column(s) the model was trained on."""
+    columns = trained.recipe.data.columns.text
+    wanted = [columns] if isinstance(columns, str) else list(columns)
+    texts: list[list[str]] = []
+    for given in inputs:
+        path = Path(given)
+        if path.suffix in {".csv", ".jsonl"} and path.is_file():
+            with path.open(encoding="utf-8", newline="") as file:
+                records = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
+            missing = [name for name in wanted if records and name not in records[0]]
+            if missing:
+                raise UserError(
+                    f"predict: {path} has no column '{missing[0]}'.{did_you_mean(missing[0], records[0])} "
+                    f"It has {', '.join(records[0])}."
+                )
+            texts += [[str(record[name]) for name in wanted] for record in records]
+        elif path.suffix == ".txt" and path.is_file():
+            texts += [[line] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        else:
+            texts.append([given])
+    if len(wanted) == 2 and any(len(text) == 1 for text in texts):
+        raise UserError("predict: this model reads pairs of texts; give a .csv or .jsonl file with both columns.")
+    if not texts:
+        raise UserError(f"predict: no text in {', '.join(inputs)}.")
+    data = {name: [text[i] for text in texts] for i, name in enumerate(("text", "text_pair")[: len(wanted)])}
+    rows = Dataset.from_dict(data, features=Features({name: Value("string") for name in data}))
+    return [" | ".join(text) for text in texts], rows
+
+
+def _loader(rows: Dataset, trained: Trained, accelerator: Accelerator) -> Any:
+    dataset = EvalSet(rows, trained.labels, trained.backbone.input, max_length=trained.recipe.data.max_length)
+    return eval_loader(
+        dataset, batch_size=BATCH_SIZE, rank=accelerator.process_index, world=accelerator.num_processes
+    )
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    """Return an accelerator in the precision the model was measured in."""
+    PartialState()
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=mixed_precision(recipe.training.precision))
+
+
+def _label_names(folder: Path) -> tuple[str, ...]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = config.get("label_names") or config.get("id2label") or {}
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names, key=int)]
+    if not names:
+        raise UserError(f"{folder}: config.json holds no label names, so predictions have no words.")
+    return tuple(str(name) for name in names)
+
+
+def _options(options: Sequence[str], allowed: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or key not in allowed:
+            raise UserError(
+                f"'{option}': give {' and '.join(f'{name}=…' for name in allowed)}.{did_you_mean(key, allowed)}"
+            )
+        found[key] = value
+    return found
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
