@@ -27,7 +27,7 @@ from hf_finetune.errors import RecipeError
 
 Modality = Literal["image", "text"]
 SMALL_SIDE = 64
-"""Images up to this many pixels are often signs (digits, letters, symbols), which a flip turns into something else."""
+"""Images up to this many pixels are often signs (digits, letters, symbols); a flip makes other signs of them."""
 
 PRESETS: dict[str, dict[str, list[AugmentationSpec]]] = {
     "none": {"image": [], "small image": [], "text": []},
@@ -62,45 +62,43 @@ PRESETS: dict[str, dict[str, list[AugmentationSpec]]] = {
 }
 
 AUTO_IMAGE: list[tuple[float, list[AugmentationSpec], str]] = [
-    (2_000, PRESETS["standard"]["image"], "crop and flip"),
-    (20_000, [*PRESETS["standard"]["image"], RandAugment(magnitude=9)], "crop, flip and RandAugment"),
+    (2_000, PRESETS["standard"]["image"], "crop and flip: under 2,000 training images"),
+    (
+        20_000,
+        [*PRESETS["standard"]["image"], RandAugment(magnitude=9)],
+        "crop, flip and RandAugment: 2,000 to 20,000 training images",
+    ),
     (
         float("inf"),
         [*PRESETS["standard"]["image"], RandAugment(magnitude=9), Mixup(alpha=0.2), Cutmix(alpha=0.5)],
-        "crop, flip, RandAugment, mixup and cutmix",
+        "crop, flip, RandAugment and mixing: 20,000 training images or more",
     ),
 ]
-"""Rows of train below which -> augmentations. BiT (arXiv 1912.11370) mixes no images below 20,000 rows."""
+"""Fewer training images than -> augmentations, reason. BiT (arXiv 1912.11370) mixes nothing below 20,000 images."""
 
 
 def resolve_augment(
-    augment: Preset | Sequence[AugmentationSpec],
-    modality: Modality,
-    n_train: int,
-    image_side: int | None = None,
+    augment: Preset | Sequence[AugmentationSpec], modality: Modality, n_train: int, image_side: int | None = None
 ) -> tuple[list[AugmentationSpec], str]:
-    """Return the augmentations a recipe's `augment` stands for, and the reason in words.
+    """Return the augmentations that a recipe's `augment` stands for, and the reason in words.
 
-    `image_side` is the smaller of the data's typical short side and the model's input side, in pixels; up to `SMALL_SIDE`
-    the presets do not flip. Raises RecipeError for an augmentation that does not fit the modality.
+    `image_side` is the smaller of the data's usual short side and the model's input side in pixels; up to
+    `SMALL_SIDE` the presets do not flip. Raises RecipeError for an augmentation of the other modality.
     """
     if not isinstance(augment, str):
         check_modality(augment, modality)
-        return list(augment), "listed in the recipe"
+        return list(augment), "as listed in the recipe"
     small = modality == "image" and image_side is not None and image_side <= SMALL_SIDE
     kind = "small image" if small else modality
-    no_flip = f"; no flip: images of {image_side} px are often digits or signs" if small else ""
+    no_flip = f"no flip: images of {image_side} pixels are often digits or signs"
     if augment != "auto":
-        return list(
-            PRESETS[augment][kind]
-        ), f"the preset '{augment}' for {kind}s{no_flip if augment != 'none' else ''}"
+        reason = f"the preset '{augment}' for {kind}s"
+        return list(PRESETS[augment][kind]), f"{reason}, {no_flip}" if small and augment != "none" else reason
     if modality == "text":
-        return [], "none for texts: a pretrained encoder gains little from changed words"
+        return [], "none: changed words rarely help a pretrained text encoder"
     if small:
-        return list(PRESETS["standard"][kind]), f"shifted crops{no_flip}"
-    limit, augmentations, words = next(row for row in AUTO_IMAGE if n_train < row[0])
-    size = f"under {limit:,.0f}" if limit != float("inf") else "20,000 or more"
-    return list(augmentations), f"{words}: {n_train:,} training images, {size}"
+        return list(PRESETS["standard"][kind]), f"shifts, {no_flip}"
+    return next((list(chosen), reason) for below, chosen, reason in AUTO_IMAGE if n_train < below)
 
 
 def check_modality(augmentations: Sequence[AugmentationSpec], modality: Modality) -> None:
@@ -109,6 +107,6 @@ def check_modality(augmentations: Sequence[AugmentationSpec], modality: Modality
     wrong = [each.name for each in augmentations if each.name not in allowed]
     if wrong:
         raise RecipeError(
-            f"augment: {', '.join(wrong)} cannot be applied to {modality} data. "
-            f"For {modality}s there are {', '.join(allowed)}; take the others out, or write `augment: auto`."
+            f"augment: {', '.join(wrong)} cannot be applied to {modality}s. "
+            f"Allowed for {modality}s: {', '.join(allowed)}; or write `augment: auto`."
         )

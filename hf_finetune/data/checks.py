@@ -1,26 +1,27 @@
-"""Bad rows, found and named before training: images that do not open, empty texts, labels that are missing or unknown."""
+"""Bad rows, found and named before training: images that do not open, empty texts, labels missing or unknown."""
 
 from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from hf_finetune.errors import DataError
 
 MAX_HEADERS = 20_000
-"""Images of a split whose headers are read up front; reading more would keep the user waiting."""
+"""Images of a split whose headers are read up front; of more, only a sample is, to keep nobody waiting."""
 SHOWN = 5
 
 
 class RowError(DataError):
     """One row turned out to be unusable when it was read.
 
-    torch rebuilds a worker's exception from its printed traceback; only the last part of that is for the user.
+    torch rebuilds a worker's exception from its printed traceback, whose last part alone is for the user.
     """
 
     def __init__(self, message: str) -> None:
@@ -28,36 +29,40 @@ class RowError(DataError):
 
 
 def read_image(cell: Any, name: str) -> Image.Image:
-    """Decode an image cell (`{"bytes", "path"}` or a PIL image) to upright RGB. Raises RowError naming the row."""
+    """Decode an image cell (`{"bytes", "path"}`) to upright RGB. Raises RowError that calls the row `name`."""
     try:
-        image = cell if isinstance(cell, Image.Image) else Image.open(_opened(cell))
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(_file(cell)) as image:
+            image.load()
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            return to_rgb(ImageOps.exif_transpose(image) if turned else image)
     except Exception as error:
         raise RowError(
-            f"data: the image {name} cannot be decoded: {reason(error)} "
+            f"data: the image {name} cannot be decoded: {_reason(error)}. "
             "Repair or remove it, or set `data.on_error: skip` to leave such rows out."
         ) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB as PIL does (transparency is dropped), with 16-bit grey scaled and not clipped."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    """Convert any mode to RGB as PIL does: transparency is dropped; 16-bit grey is scaled, where PIL would clip it."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):  # type: ignore[operator]
+        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = image.convert("RGBA")  # the same pixels; PIL warns about the direct way
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def check_images(cells: list[Any], *, full: bool) -> tuple[dict[int, str], list[int]]:
-    """Return ({position: what is wrong}, short sides in pixels), reading headers only, or with `full` every pixel."""
+def check_images(cells: Iterable[Any], *, full: bool) -> tuple[dict[int, str], list[int]]:
+    """Return ({position: what is wrong}, short sides in pixels of the good ones).
+
+    Reads the headers only, or with `full` every pixel, in threads.
+    """
     with ThreadPoolExecutor(max_workers=min(8, 2 * (os.cpu_count() or 1))) as pool:
         results = list(pool.map(lambda cell: _check_image(cell, full), cells))
     problems = {position: result for position, result in enumerate(results) if isinstance(result, str)}
     return problems, [result for result in results if isinstance(result, int)]
 
 
-def check_texts(columns: list[list[Any]]) -> dict[int, str]:
+def check_texts(columns: Iterable[list[Any]]) -> dict[int, str]:
     """Return {position: what is wrong} for texts that are missing or empty."""
     return {
         position: "empty text" if cell is not None else "no text"
@@ -67,35 +72,44 @@ def check_texts(columns: list[list[Any]]) -> dict[int, str]:
     }
 
 
-def refuse(where: str, problems: list[str], rows: int) -> None:
-    """Raise DataError that shows the first of `problems` and the two ways out."""
-    shown = "".join(f"\n  - {problem}" for problem in problems[:SHOWN])
-    more = f"\n  - and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
-    verb = "row" if len(problems) == 1 else "rows"
+def refuse(where: str, problems: Mapping[int, str], rows: int, name: Callable[[int], str]) -> None:
+    """Raise DataError that lists `problems` by what is wrong, with the first rows of each, and the two ways out."""
+    places: dict[str, list[int]] = {}
+    for position in sorted(problems):
+        places.setdefault(problems[position], []).append(position)
+    lines = []
+    for problem, positions in list(places.items())[:SHOWN]:
+        more = f" and {len(positions) - SHOWN:,} more" if len(positions) > SHOWN else ""
+        named = ", ".join(name(position) for position in positions[:SHOWN])
+        lines.append(f"\n  - {problem}, {len(positions):,} row{'s'[: len(positions) > 1]}: {named}{more}")
+    if len(places) > SHOWN:
+        lines.append(f"\n  - and {len(places) - SHOWN:,} more kinds of problem")
     raise DataError(
-        f"{where}: {len(problems):,} of {rows:,} {verb} cannot be used:{shown}{more}\n"
+        f"{where}: {len(problems):,} of {rows:,} rows cannot be used (rows are counted from 0):{''.join(lines)}\n"
         "Repair or remove them, or set `data.on_error: skip` to leave them out."
     )
 
 
-def reason(error: Exception) -> str:
-    """Return a decoder's complaint in one short sentence."""
-    words = {"UnidentifiedImageError": "it is no image PIL knows", "FileNotFoundError": "the file is missing"}
-    text = words.get(type(error).__name__) or (str(error).splitlines() or [type(error).__name__])[0]
-    return text[:200].rstrip(".") + "."
-
-
-def _opened(cell: Any) -> Any:
-    if cell is None or (cell.get("bytes") is None and cell.get("path") is None):
+def _file(cell: Any) -> Any:
+    content, path = (cell or {}).get("bytes"), (cell or {}).get("path")
+    if content is None and path is None:
         raise ValueError("the cell is empty")
-    return io.BytesIO(cell["bytes"]) if cell.get("bytes") is not None else Path(cell["path"])
+    return io.BytesIO(content) if content is not None else Path(path)
 
 
 def _check_image(cell: Any, full: bool) -> str | int:
     try:
-        with Image.open(_opened(cell)) as image:
+        with Image.open(_file(cell)) as image:
             if full:
                 image.load()
             return int(min(image.size))
     except Exception as error:
-        return f"the image cannot be decoded: {reason(error)}"
+        return f"the image cannot be decoded ({_reason(error)})"
+
+
+def _reason(error: Exception) -> str:
+    """Return a decoder's complaint in a few words, without the row's name, which the caller says."""
+    words = {"UnidentifiedImageError": "it is no image PIL knows", "FileNotFoundError": "the file is missing"}
+    return words.get(type(error).__name__) or (str(error).splitlines() or [type(error).__name__])[0][
+        :200
+    ].rstrip(".")

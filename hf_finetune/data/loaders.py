@@ -1,16 +1,15 @@
-"""From splits to batches: samples as tensors, batches in an order that is a function of (seed, epoch), torch loaders.
+"""From splits to batches: samples as tensors, in an order that is a function of (seed, epoch), by torch's DataLoader.
 
-Every batch is `{"inputs": {...}, "labels": Tensor, "weights": Tensor (N,), "indices": LongTensor (N,)}`; labels are class
-numbers (N,), or floats (N, C) for multi-label, or floats (N,) for regression. A weight of 0 marks a
-sample that only keeps a process in step.
+A batch is `{"inputs": {…}, "labels": Tensor, "weights": Tensor (N,), "indices": LongTensor (N,)}`. Labels are class
+numbers (N,), multi-hot floats (N, C) or floats (N,). A weight of 0 marks a sample that only keeps a process in step.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,23 +22,26 @@ from hf_finetune.augment.image import build_eval_transform, build_train_transfor
 from hf_finetune.augment.presets import check_modality
 from hf_finetune.augment.rng import sample_generator, sample_rng
 from hf_finetune.augment.spec import AugmentationSpec
-from hf_finetune.augment.text import build_text_transform
+from hf_finetune.augment.text import change_text
+from hf_finetune.data.columns import Modality, column_values
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.order import epoch_batches as epoch_batches
 from hf_finetune.data.order import share as share
-from hf_finetune.data.splits import column_values
+from hf_finetune.data.tokens import Tokens, encode
+from hf_finetune.models.backbone import ImageInput, TextInput
 
 if TYPE_CHECKING:
-    from hf_finetune.models.backbone import ImageInput, TextInput
+    from transformers import PreTrainedTokenizerBase
 
-MAX_TEXT_LENGTH = 512
+MaxLength = int | Literal["auto"]
+Sample = dict[str, Any]
 Batch = dict[str, Any]
 Key = tuple[int, int] | tuple[int, int, float]
-"""(epoch, index) or (epoch, index, weight)."""
+"""(epoch, index) of a sample, maybe with its weight."""
 
 
 class EvalSet(Dataset):
-    """The rows of a split as the model is measured on them: `set[index]`."""
+    """A split as the model is measured on it: `eval_set[index]`."""
 
     def __init__(
         self,
@@ -47,34 +49,54 @@ class EvalSet(Dataset):
         labels: Labels,
         model_input: ImageInput | TextInput,
         *,
-        max_length: int | str = "auto",
+        max_length: MaxLength = "auto",
     ) -> None:
         self.rows, self.labels, self.input = rows, labels, model_input
-        self.targets = _targets(rows, labels)
-        self.tokens = None if "image" in rows.column_names else tokenise(rows, model_input, max_length)
-        self.transform = None if self.tokens else build_eval_transform(model_input)
+        self.tokens: Tokens | None = None
+        if isinstance(model_input, ImageInput):
+            self.transform = build_eval_transform(model_input)
+        else:
+            texts = [column_values(rows, name) for name in ("text", "text_pair") if name in rows.column_names]
+            self.tokens = Tokens(texts, model_input, max_length)
+        self.targets = targets_of(rows, labels)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def lengths(self) -> np.ndarray | None:
-        """Tokens per sample, None for images."""
-        return self.tokens.lengths if self.tokens else None
+        """Tokens per sample; None for images."""
+        return None if self.tokens is None else self.tokens.lengths
 
-    def __getitem__(self, index: int) -> Batch:
-        inputs = (
-            self.tokens[index] if self.tokens else {"pixel_values": self.transform(self.rows[index]["image"])}
-        )
-        return self._sample(inputs, index, 1.0, 0)
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the samples: the share of texts that were cut."""
+        if self.tokens is None or not self.tokens.cut_share:
+            return []
+        return [
+            f"{self.tokens.cut_share:.1%} of the texts are longer than {self.tokens.max_length} tokens and are cut"
+        ]
 
-    def _sample(self, inputs: dict[str, Any], index: int, weight: float, epoch: int) -> Batch:
+    def inputs(self, index: int) -> Sample:
+        """Return the model's inputs for one row, unpadded."""
+        if self.tokens is not None:
+            return self.tokens[index]
+        return {"pixel_values": self.transform(self.rows[index]["image"])}
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample(index, self.inputs(index))
+
+    def sample(self, index: int, inputs: Sample, weight: float = 1.0) -> Sample:
+        """Return a row's inputs with its label, weight and index."""
         label = None if self.targets is None else self.targets[index]
-        return {"inputs": inputs, "label": label, "weight": weight, "index": index, "epoch": epoch}
+        return {"inputs": inputs, "label": label, "weight": weight, "index": index}
 
 
 class TrainSet(EvalSet):
-    """The rows of a split with augmentation: `set[epoch, index]` is the same view in every process and on every visit."""
+    """A split with augmentation: `train_set[epoch, index]` is the same view in every process, worker and resumed run.
+
+    Raises RecipeError for an augmentation of another modality. Mixing (`mixup`, `cutmix`) is the loop's business.
+    """
 
     def __init__(
         self,
@@ -84,125 +106,90 @@ class TrainSet(EvalSet):
         augmentations: Sequence[AugmentationSpec] = (),
         *,
         seed: int = 0,
-        max_length: int | str = "auto",
+        max_length: MaxLength = "auto",
     ) -> None:
+        check_modality(augmentations, "image" if isinstance(model_input, ImageInput) else "text")
         super().__init__(rows, labels, model_input, max_length=max_length)
-        self.seed, self.augmentations = seed, list(augmentations)
-        check_modality(self.augmentations, "text" if self.tokens else "image")
-        if self.tokens is None:
+        self.augmentations, self.seed = list(augmentations), seed
+        if isinstance(model_input, ImageInput):
             self.transform = build_train_transform(self.augmentations, model_input)
-        self.change_text = (
-            build_text_transform(self.augmentations) if self.tokens and self.augmentations else None
-        )
 
-    def __getitem__(self, key: Any) -> Batch:
+    def __getitem__(self, key: Any) -> Sample:
         epoch, index, weight = (*key, 1.0)[:3]
+        return self.sample(index, self.view(epoch, index), weight)
+
+    def view(self, epoch: int, index: int) -> Sample:
+        """Return the model's inputs for one row as this epoch shows it."""
         if self.tokens is None:
             image = self.rows[index]["image"]
             with sample_rng(self.seed, epoch, index):
-                inputs = {"pixel_values": self.transform(image)}
-        elif self.change_text is None:
-            inputs = self.tokens[index]
-        else:
-            rng = sample_generator(self.seed, epoch, index)
-            row = self.rows[index]
-            texts = [self.change_text(row[name], rng) for name in ("text", "text_pair") if name in row]
-            inputs = self.tokens.encode(*([text] for text in texts))[0]
-        return self._sample(inputs, index, weight, epoch)
+                return {"pixel_values": self.transform(image)}
+        if not self.augmentations:
+            return self.tokens[index]
+        changed = [[text] for text in self.words(epoch, index)]
+        encoded, _ = encode(self.tokens.tokenizer, self.tokens.max_length, changed)
+        return {name: lists[0] for name, lists in encoded.items()}
+
+    def words(self, epoch: int, index: int) -> list[str]:
+        """Return a row's text, or its pair, as this epoch shows it."""
+        row, rng = self.rows[index], sample_generator(self.seed, epoch, index)
+        return [
+            change_text(row[name], self.augmentations, rng) for name in ("text", "text_pair") if name in row
+        ]
 
 
-class Tokens:
-    """Tokenised texts without padding, kept flat so that a million of them fit in memory."""
-
-    def __init__(self, tokenizer: Any, max_length: int, texts: Sequence[Sequence[str]]) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
-        self.flat: dict[str, list[np.ndarray]] = {}
-        lengths: list[int] = []
-        self.truncated = 0
-        for start in range(0, len(texts[0]), 1000):
-            encoded = self.encode(*(column[start : start + 1000] for column in texts))
-            lengths += [len(each["input_ids"]) for each in encoded]
-            for name in encoded[0]:
-                parts = [np.asarray(each[name], dtype=np.int32) for each in encoded]
-                self.flat.setdefault(name, []).append(np.concatenate(parts))
-        self.lengths = np.asarray(lengths)
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.columns = {name: np.concatenate(parts) for name, parts in self.flat.items()}
-        self.flat = {}
-
-    def encode(self, *texts: Sequence[str]) -> list[dict[str, list[int]]]:
-        """Tokenise texts (and their pairs), cut to `max_length`."""
-        encoded = self.tokenizer(
-            *map(list, texts), truncation=True, max_length=self.max_length, padding=False
-        )
-        return [{name: encoded[name][i] for name in encoded} for i in range(len(texts[0]))]
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        part = slice(self.starts[index], self.starts[index + 1])
-        return {name: column[part].tolist() for name, column in self.columns.items()}
-
-
-def tokenise(rows: Rows, text_input: Any, max_length: int | str = "auto") -> Tokens:
-    """Tokenise the texts of a split in one pass. `max_length` auto = what the backbone takes, at most 512 tokens."""
-    limit = min(text_input.max_length, MAX_TEXT_LENGTH if max_length == "auto" else int(max_length))
-    texts = [column_values(rows, name) for name in ("text", "text_pair") if name in rows.column_names]
-    return Tokens(text_input.tokenizer, limit, texts)
-
-
-def _targets(rows: Rows, labels: Labels) -> Tensor | None:
+def targets_of(rows: Rows, labels: Labels) -> Tensor | None:
+    """Return the labels of a split as one tensor, or None when it has none."""
     if "label" not in rows.column_names:
         return None
-    values = column_values(rows, "label")
-    return torch.tensor(values, dtype=torch.long if labels.kind == "single" else torch.float32)
+    return torch.tensor(
+        column_values(rows, "label"), dtype=torch.long if labels.kind == "single" else torch.float32
+    )
 
 
-def collate(
-    samples: Sequence[Batch],
-    *,
-    tokenizer: Any = None,
-) -> Batch:
-    """Return the batch of `samples`, texts padded to the longest."""
+def collate(samples: Sequence[Sample], *, tokenizer: PreTrainedTokenizerBase | None = None) -> Batch:
+    """Return the batch of `samples`; texts are padded to the longest of them."""
+    inputs = [sample["inputs"] for sample in samples]
+    if tokenizer is None:
+        batched = {"pixel_values": torch.stack([each["pixel_values"] for each in inputs])}
+    else:
+        batched = dict(tokenizer.pad(inputs, return_tensors="pt"))
     batch: Batch = {
+        "inputs": batched,
         "weights": torch.tensor([sample["weight"] for sample in samples]),
         "indices": torch.tensor([sample["index"] for sample in samples]),
     }
     if samples[0]["label"] is not None:
         batch["labels"] = torch.stack([sample["label"] for sample in samples])
-    if tokenizer is not None:
-        batch["inputs"] = dict(tokenizer.pad([sample["inputs"] for sample in samples], return_tensors="pt"))
-        return batch
-    batch["inputs"] = {"pixel_values": torch.stack([sample["inputs"]["pixel_values"] for sample in samples])}
     return batch
 
 
 class TrainBatches(Sampler):
-    """The micro-batches of one process for one epoch; set `epoch` and `start` (batches to pass over) before iterating."""
+    """This process's micro-batches of one epoch; set `epoch` and `start` (batches passed over) before iterating."""
 
     def __init__(
-        self, dataset: TrainSet, batch_size: int, micro_batch_size: int, rank: int, world: int, seed: int
+        self, dataset: TrainSet, batch_size: int, micro_batch_size: int, rank: int, world: int
     ) -> None:
-        self.n, self.lengths, self.pairs = len(dataset), dataset.lengths, bool(mixers(dataset.augmentations))
-        self.batch_size, self.micro_batch_size, self.seed = batch_size, micro_batch_size, seed
+        self.dataset, self.batch_size, self.micro_batch_size = dataset, batch_size, micro_batch_size
         self.rank, self.world = rank, world
+        self.pairs = bool(mixers(dataset.augmentations))
         self.epoch, self.start = 0, 0
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Global batches, so optimizer steps, of an epoch."""
-        return -(-self.n // self.batch_size)
-
-    def global_batches(self) -> list[list[int]]:
-        """Return the epoch's global batches from `start` on."""
-        return epoch_batches(self.n, self.batch_size, self.seed, self.epoch, self.lengths)[self.start :]
-
-    def share_of(self, batch: list[int]) -> list[tuple[list[int], list[float]]]:
-        """Return this process's micro-batches of a global batch."""
-        return share(batch, self.rank, self.world, self.micro_batch_size, self.pairs)
+    def micro_batches(self) -> Iterator[tuple[int, list[tuple[list[int], list[float]]]]]:
+        """Yield for each global batch from `start` on its size and this process's micro-batches."""
+        data = self.dataset
+        batches = epoch_batches(len(data), self.batch_size, data.seed, self.epoch, data.lengths)
+        for batch in batches[self.start :]:
+            yield len(batch), share(batch, self.rank, self.world, self.micro_batch_size, self.pairs)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for batch in self.global_batches():
-            for indices, weights in self.share_of(batch):
+        # The key carries the epoch: workers that live on from an earlier epoch have no other way to know it.
+        for _, micro_batches in self.micro_batches():
+            for indices, weights in micro_batches:
                 yield [(self.epoch, index, weight) for index, weight in zip(indices, weights, strict=True)]
+
+    def __len__(self) -> int:
+        return sum(len(micro_batches) for _, micro_batches in self.micro_batches())
 
 
 def train_loader(
@@ -215,29 +202,27 @@ def train_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Return the one loader of a run; read it through `iterate_batches`.
+    """Return the one loader of a run, to be read through `iterate_batches`.
 
-    `batch_size` counts samples over all processes, `micro_batch_size` those of one forward pass (None = one pass).
+    `batch_size` counts samples per optimizer step over all processes, `micro_batch_size` those of one forward pass of
+    this process (None = its whole share).
     """
-    micro = micro_batch_size or -(-batch_size // world)
-    return DataLoader(
-        dataset,
-        batch_sampler=TrainBatches(dataset, batch_size, micro, rank, world, dataset.seed),
-        collate_fn=_collate_for(dataset),
-        **_worker_options(workers, pin_memory),
-    )
+    batches = TrainBatches(dataset, batch_size, micro_batch_size or -(-batch_size // world), rank, world)
+    return DataLoader(dataset, batch_sampler=batches, **_options(dataset, workers, pin_memory))
 
 
-def iterate_batches(loader: DataLoader, epoch: int, start: int = 0) -> Iterator[tuple[int, list[Batch]]]:
-    """Yield the global batches of an epoch from batch `start` on: (its samples over all processes, this process's
-    micro-batches)."""
-    sampler = loader.batch_sampler
-    assert isinstance(sampler, TrainBatches)
-    sampler.epoch, sampler.start = epoch, start
-    plan = [(len(batch), len(sampler.share_of(batch))) for batch in sampler.global_batches()]
-    micro_batches = iter(loader)
-    for size, count in plan:
-        yield size, [next(micro_batches) for _ in range(count)]
+def iterate_batches(loader: DataLoader, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
+    """Yield an epoch's global batches from batch `start` on, each as the list of this process's micro-batches.
+
+    A micro-batch also carries `"batch_size"`, the size of the global batch: what a sum over samples is divided by.
+    """
+    batches = loader.batch_sampler
+    assert isinstance(batches, TrainBatches), "iterate_batches reads what train_loader returns"
+    batches.epoch, batches.start = epoch, start
+    counts = [(size, len(micro_batches)) for size, micro_batches in batches.micro_batches()]
+    stream = iter(loader)
+    for size, count in counts:
+        yield [{**next(stream), "batch_size": size} for _ in range(count)]
 
 
 def eval_loader(
@@ -249,39 +234,39 @@ def eval_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Return the loader of this process's own slice of a split: no sample twice, none left out over all processes.
+    """Return the loader of this process's own slice of a split: over all processes every sample once.
 
-    Texts come sorted by length within the slice; `indices` says which row is which. A process may get no batch.
+    Texts come sorted by length, so go by `indices`. With fewer samples than processes one may get no batch.
     """
-    n = len(dataset)
-    mine = np.arange(n * rank // world, n * (rank + 1) // world)
+    mine = np.arange(len(dataset) * rank // world, len(dataset) * (rank + 1) // world)
     if dataset.lengths is not None:
-        mine = mine[np.argsort(dataset.lengths[mine], kind="stable")]
+        mine = mine[
+            np.argsort(-dataset.lengths[mine], kind="stable")
+        ]  # longest first: memory runs out early or never
     batches = [mine[start : start + batch_size].tolist() for start in range(0, len(mine), batch_size)]
-    options = _worker_options(workers, pin_memory)
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=_collate_for(dataset), **options)
+    return DataLoader(dataset, batch_sampler=batches, **_options(dataset, workers, pin_memory))
 
 
-def _collate_for(dataset: EvalSet) -> Callable[[Sequence[Batch]], Batch]:
-    return partial(collate, tokenizer=dataset.tokens.tokenizer if dataset.tokens else None)
+def worker_count(workers: int | Literal["auto"], modality: Modality, processes: int = 1) -> int:
+    """Return what `data.workers` means per process: auto = none for texts, for images the cores left, at most 8."""
+    if workers != "auto":
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if modality == "text" else min(8, max(0, cores // processes - 1))
 
 
-def _worker_options(workers: int, pin_memory: bool) -> dict[str, Any]:
+def _options(dataset: EvalSet, workers: int, pin_memory: bool) -> dict[str, Any]:
     return {
+        "collate_fn": partial(
+            collate, tokenizer=None if dataset.tokens is None else dataset.tokens.tokenizer
+        ),
         "num_workers": workers,
-        "pin_memory": pin_memory,
         "persistent_workers": workers > 0,
         "worker_init_fn": _one_thread,
+        "pin_memory": pin_memory,
     }
 
 
 def _one_thread(worker: int) -> None:
+    """Keep a worker to one thread: the others are its siblings'."""
     torch.set_num_threads(1)
-
-
-def worker_count(workers: int | str, modality: str, processes: int = 1) -> int:
-    """Return the worker processes `data.workers` means: auto = none for texts, for images by the cores free."""
-    if workers != "auto":
-        return int(workers)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if modality == "text" else min(8, max(0, cores // processes - 1))

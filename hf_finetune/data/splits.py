@@ -1,82 +1,43 @@
-"""From a data spec to labelled splits: which rows, which columns, which labels, what is wrong with them.
+"""From a data spec to labelled splits, with every bad row named.
 
-Nothing is decoded here that is not asked for: a split is a `datasets.Dataset` that decodes a row when it is read.
+A split is a `datasets.Dataset` that decodes a row when it is read; nothing is decoded here that is not asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections import Counter
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, Value
 
 from hf_finetune.data import checks
+from hf_finetune.data.columns import Modality, Task, column_values, find_columns, find_modality
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.report import DataReport
-from hf_finetune.data.sources import FILE_BUILDERS, SPLIT_NAMES, Source, open_source, read_files
-from hf_finetune.data.spec import ColumnsSpec, DataSpec
+from hf_finetune.data.rows import Selection, choose_validation, draw_fraction, draw_samples, select
+from hf_finetune.data.sources import Source, open_source
+from hf_finetune.data.spec import DataSpec, LabelKind
 from hf_finetune.data.targets import class_weights as class_weights
-from hf_finetune.data.targets import encode, find_labels
-from hf_finetune.errors import DataError, did_you_mean, nearest
+from hf_finetune.data.targets import encode, find_labels, label_feature
+from hf_finetune.errors import DataError
 
-Modality = Literal["image", "text"]
-Task = Literal["auto", "image-classification", "text-classification"]
-
-DEFAULT_FRACTION = 0.2
-COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
-    "image": (
-        "image",
-        "img",
-        "images",
-        "picture",
-        "photo",
-        "file",
-        "file_name",
-        "filename",
-        "path",
-        "image_path",
-    ),
-    "text": (
-        "text",
-        "sentence",
-        "review",
-        "content",
-        "comment",
-        "tweet",
-        "document",
-        "body",
-        "message",
-        "question",
-    ),
-    "label": (
-        "label",
-        "labels",
-        "target",
-        "class",
-        "category",
-        "sentiment",
-        "y",
-        "score",
-        "fine_label",
-        "coarse_label",
-    ),
-}
-"""Names tried, in this order, when the recipe leaves a column at its default and the data has none of that name."""
+NAMED = 5
+"""Classes or skipped rows a report names before it counts."""
 
 
 @dataclass(frozen=True)
 class Splits:
     """What a run learns from and is measured on.
 
-    A row is `{"image": PIL RGB}` or `{"text": str[, "text_pair": str]}` with `"label"` (class number, multi-hot list or
-    float) and `"row"` (its number in the source split).
+    A row is `{"image": PIL RGB}` or `{"text": str[, "text_pair": str]}`, with `"label"` (a class number, a multi-hot list
+    of floats or a float) and `"row"`, its number in the source's split.
     """
 
     train: Dataset
@@ -86,7 +47,7 @@ class Splits:
     modality: Modality
     report: DataReport
     train_counts: tuple[int, ...]
-    """Training rows per class, in the order of the labels; empty for regression."""
+    """Training rows per class, in the labels' order; empty for regression."""
 
 
 def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto") -> Splits:
@@ -95,457 +56,344 @@ def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto") -> Splits:
     Raises DataError naming the file, row, column, split or label that is wrong, and what to do about it.
     """
     source = open_source(spec)
-    notes, warnings = list(source.notes), list[str]()
-    raw_train = select_split(source, spec.train, spec)
-    modality = find_modality(task, raw_train, spec)
-    columns = find_columns(raw_train, spec.columns, modality, notes, where=str(spec.path))
-    raws = {"train": raw_train}
-    validation = _validation_name(source, spec, notes)
+    notes, warnings = [*source.notes], list[str]()
+    selections = {"train": select(source, spec.train)}
+    validation = choose_validation(source, spec, notes)
     if isinstance(validation, str):
-        raws["validation"] = select_split(source, validation, spec)
+        selections["validation"] = select(source, validation)
     if spec.test is not None:
-        raws["test"] = select_split(source, spec.test, spec)
+        selections["test"] = select(source, spec.test)
+    warnings += _overlaps(selections)
 
-    labels = find_labels(
-        column_values(raw_train, columns["label"]),
-        raw_train.features[columns["label"]],
-        spec.labels,
-        columns["label"],
-    )
-    loaded = {
-        role: _Loader(spec, labels, columns, modality, source).load(role, raw) for role, raw in raws.items()
-    }
-    splits = {role: part.rows for role, part in loaded.items()}
+    raw = selections["train"].rows
+    modality = find_modality(task, raw, spec.columns)
+    columns = find_columns(raw, spec.columns, modality, notes, where=source.name)
+    column = columns["label"]
+    labels = find_labels(column_values(raw, column), raw.features[column], spec.labels, column)
+    read = partial(_read, spec=spec, labels=labels, columns=columns, modality=modality, source=source)
+    parts = {"train": read(selections.pop("train"), "train", index=labels.label2id())}
+    splits = {"train": parts["train"].rows}
+    counts = class_counts(splits["train"], labels)
+    _refuse_one_class(source, labels, counts)
+    # a label that train never shows cannot be right elsewhere, declared by a ClassLabel or not
+    seen = {name: i for i, name in enumerate(labels.names) if labels.kind == "regression" or counts[i]}
+    parts |= {role: read(selection, role, index=seen) for role, selection in selections.items()}
+    splits |= {role: part.rows for role, part in parts.items()}
     if isinstance(validation, float):
-        chosen = draw_fraction(splits["train"], validation, labels, seed)
-        rest = np.setdiff1d(np.arange(len(splits["train"])), chosen)
-        splits["validation"], splits["train"] = splits["train"].select(chosen), splits["train"].select(rest)
-    splits = {role: splits[role] for role in ("train", "validation", "test") if role in splits}
-    _check_labels(splits, labels, spec, warnings)
+        splits["train"], splits["validation"] = _set_aside(splits["train"], validation, labels, seed, source)
     if spec.max_samples is not None:
-        splits = {role: draw_samples(rows, spec.max_samples, labels, seed) for role, rows in splits.items()}
+        splits = {role: _sample(rows, spec.max_samples, labels, seed) for role, rows in splits.items()}
 
-    skipped = [text for part in loaded.values() for text in part.skipped]
+    splits = {role: splits[role] for role in ("train", "validation", "test") if role in splits}
+    class_rows = {role: class_counts(rows, labels) for role, rows in splits.items()}
+    warnings += _class_warnings(labels, class_rows)
+    skipped = [
+        f"{part.name(at)}: {part.problems[at]}" for part in parts.values() for at in sorted(part.problems)
+    ]
     report = DataReport(
         source=source.name,
         rows={role: len(rows) for role, rows in splits.items()},
         class_counts={
-            role: dict(zip(labels.names, class_counts(rows, labels), strict=True))
-            if labels.kind != "regression"
-            else {}
-            for role, rows in splits.items()
+            role: dict(zip(labels.names, counts, strict=False)) for role, counts in class_rows.items()
         },
         columns=columns,
-        fingerprint=_hash(*(fingerprint(rows) for rows in splits.values())),
-        skipped={role: len(part.skipped) for role, part in loaded.items() if part.skipped},
-        skipped_rows=tuple(skipped[: checks.SHOWN]),
-        image_side=loaded["train"].image_side,
-        size=None,
+        fingerprint=_hash(*(fingerprint(rows).encode() for rows in splits.values())),
+        skipped={role: len(part.problems) for role, part in parts.items() if part.problems},
+        skipped_rows=tuple(skipped[:NAMED]),
+        image_side=parts["train"].image_side,
+        size=sum(size_on_disk(rows) for rows in splits.values()),
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
-    test = splits.get("test")
     return Splits(
-        splits["train"],
-        splits["validation"],
-        test,
-        labels,
-        modality,
-        report,
-        tuple(class_counts(splits["train"], labels)),
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits.get("test"),
+        labels=labels,
+        modality=modality,
+        report=report,
+        train_counts=tuple(class_rows["train"]),
     )
 
 
-def load_split(spec: DataSpec, name: str, labels: Labels, *, seed: int = 0, task: Task = "auto") -> Dataset:
-    """Load one split whose labels are known already, to evaluate or predict; rows as in `Splits`.
+def load_split(
+    spec: DataSpec, name: str, labels: Labels, *, seed: int = 0, task: Task = "auto", labelled: bool = True
+) -> Dataset:
+    """Load one split for a model whose labels are known, to evaluate it or to predict; rows as in `Splits`.
 
-    A split without a label column gives rows without `"label"`. Raises DataError as `load_splits` does.
+    `labelled=False` reads no label column. Numbers stand for the labels' places when no label's name is a number.
+    Raises DataError as `load_splits` does.
     """
     source = open_source(spec)
-    raw = select_split(source, name, spec)
-    modality = find_modality(task, raw, spec)
-    columns = find_columns(raw, spec.columns, modality, [], where=str(spec.path), label_needed=False)
-    rows = _Loader(spec, labels, columns, modality, source).load(name, raw).rows
-    return rows if spec.max_samples is None else draw_samples(rows, spec.max_samples, labels, seed)
+    selection = select(source, name)
+    modality = find_modality(task, selection.rows, spec.columns)
+    columns = find_columns(selection.rows, spec.columns, modality, [], where=source.name, labelled=labelled)
+    index = labels.label2id()
+    if not any(name.isdecimal() for name in labels.names):
+        index |= {str(number): number for number in range(labels.outputs)}
+    rows = _read(selection, name, index, spec, labels, columns, modality, source).rows
+    return rows if spec.max_samples is None else _sample(rows, spec.max_samples, labels, seed)
 
 
-def column_values(rows: Dataset, column: str) -> list[Any]:
-    """Return one column as plain Python values, without decoding or touching the others."""
-    return (
-        rows.with_format("arrow")[:][column].to_pylist()
-        if rows.num_columns == 1
-        else column_values(rows.with_format(None).select_columns([column]), column)
-    )
+def class_counts(rows: Dataset, labels: Labels) -> list[int]:
+    """Return the rows per class, in the labels' order (multi: rows that carry the label); empty for regression."""
+    if labels.kind == "regression":
+        return []
+    targets = column_values(rows, "label")
+    if labels.kind == "single":
+        return [int(count) for count in np.bincount(targets, minlength=labels.outputs)]
+    return [int(count) for count in np.asarray(targets).sum(axis=0)]
 
 
-# ---- which rows ----------------------------------------------------------------------------------------------------
+def fingerprint(rows: Dataset) -> str:
+    """Return a hash of the rows' labels and texts or images, in their order, wherever they lie.
 
-_SLICE = re.compile(r"^(?P<name>[^\[\]]+)\[(?P<start>[^:\[\]]*):(?P<stop>[^:\[\]]*)\]$")
-
-
-def select_split(source: Source, expression: str, spec: DataSpec) -> Dataset:
-    """Return the rows `expression` names: a split, a slice of one (`train[:90%]`, `train[100:200]`), or a file.
-
-    Raises DataError with the splits there are.
+    An image file counts by its name and size; images inside a table by their bytes, of large tables by their length.
     """
-    match = _SLICE.match(expression.strip())
-    name = match["name"] if match else expression.strip()
-    rows = _named_split(source, name)
-    if rows is None:
-        raise DataError(
-            f"data '{_path_words(spec)}': there is no split or file '{name}'.{did_you_mean(name, source.splits)} "
-            f"Splits there are: {', '.join(source.splits)}. Name one of them, or a slice such as 'train[:80%]'."
+    parts = [
+        repr(column_values(rows, name)).encode() for name in rows.column_names if name not in ("image", "row")
+    ]
+    if "image" in rows.column_names:
+        whole = len(rows) <= checks.MAX_HEADERS
+        for cell in _image_cells(rows):
+            content = cell["bytes"]
+            if content is None:
+                content = f"{Path(cell['path']).name} {os.path.getsize(cell['path'])}".encode()
+            parts.append(hashlib.blake2b(content).digest() if whole else str(len(content)).encode())
+    return _hash(*parts)
+
+
+def size_on_disk(rows: Dataset) -> int:
+    """Return the bytes of the rows' texts or encoded images."""
+    if "image" in rows.column_names:
+        return sum(
+            len(c["bytes"]) if c["bytes"] is not None else os.path.getsize(c["path"])
+            for c in _image_cells(rows)
         )
-    if match is None:
-        return rows
-    start = _bound(match["start"], len(rows), 0, expression)
-    stop = _bound(match["stop"], len(rows), len(rows), expression)
-    if start >= stop:
-        raise DataError(f"data: the slice '{expression}' is empty; '{name}' has {len(rows):,} rows.")
-    return rows.select(range(start, stop))
+    texts = [name for name in ("text", "text_pair") if name in rows.column_names]
+    return sum(len(text.encode()) for name in texts for text in column_values(rows, name))
 
 
-def _named_split(source: Source, name: str) -> Dataset | None:
-    if name in source.splits:
-        return source.splits[name]
-    for names in SPLIT_NAMES.values():
-        if name in names:
-            found = [own for own in source.splits if own.lower() in names]
-            if len(found) == 1:
-                return source.splits[found[0]]
-    for file in (Path(name).expanduser(), (source.folder or Path()) / name):
-        if file.suffix.lower() in FILE_BUILDERS and file.is_file():
-            return read_files([file])
-    return None
-
-
-def _bound(text: str, n: int, default: int, expression: str) -> int:
-    text = text.strip()
-    if not text:
-        return default
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)(%?)", text)
-    if match is None or (not match[2] and "." in match[1]):
-        raise DataError(
-            f"data: the slice '{expression}' cannot be read at '{text}'. "
-            "A slice is written name[from:to] with row numbers or percent, such as 'train[:90%]' or 'train[100:200]'."
-        )
-    value = round(float(match[1]) * n / 100) if match[2] else int(match[1])
-    return min(max(value + n if value < 0 else value, 0), n)
-
-
-def _validation_name(source: Source, spec: DataSpec, notes: list[str]) -> str | float:
-    """Return the split to validate on, or the fraction of train to set aside."""
-    train_name = spec.train.split("[")[0]
-    own = [name for role in SPLIT_NAMES["validation"] for name in source.splits if name.lower() == role]
-    own = [name for name in own if name != train_name]
-    if spec.validation == "auto":
-        if own:
-            return own[0]
-        notes.append(
-            f"no validation split: {DEFAULT_FRACTION:.0%} of train is set aside, drawn with the seed"
-        )
-        return DEFAULT_FRACTION
-    if isinstance(spec.validation, float):
-        if own:
-            percent = round(100 * (1 - spec.validation))
-            raise DataError(
-                f"data.validation: {spec.validation:g} of train was asked for, but '{_path_words(spec)}' has its own split "
-                f"'{own[0]}', which would go unused. Use `validation: auto` to measure on it, or name slices: "
-                f"`train: {spec.train}[:{percent}%]` and `validation: {spec.train}[{percent}%:]`."
-            )
-        return spec.validation
-    return spec.validation
-
-
-# ---- which columns -------------------------------------------------------------------------------------------------
-
-
-def find_modality(task: Task, rows: Dataset, spec: DataSpec) -> Modality:
-    """Return what the rows are: by the task, else by an image feature or a column named like one."""
-    if task != "auto":
-        return "image" if task == "image-classification" else "text"
-    has_image = any(isinstance(feature, Image) for feature in rows.features.values())
-    named = spec.columns.image in rows.column_names and spec.columns.image != ColumnsSpec().image
-    path_column = any(alias in rows.column_names for alias in COLUMN_ALIASES["image"])
-    text_names = {
-        *COLUMN_ALIASES["text"],
-        *([spec.columns.text] if isinstance(spec.columns.text, str) else spec.columns.text),
-    }
-    return (
-        "image" if has_image or named or (path_column and not text_names & set(rows.column_names)) else "text"
-    )
-
-
-def find_columns(
-    rows: Dataset,
-    spec: ColumnsSpec,
-    modality: Modality,
-    notes: list[str],
-    *,
-    where: str,
-    label_needed: bool = True,
-) -> dict[str, str]:
-    """Return meaning -> column of `rows`; a column left at its default is also found by its usual other names.
-
-    Raises DataError with the nearest name and the columns there are.
-    """
-    asked: dict[str, str] = {}
-    if modality == "image":
-        asked["image"] = spec.image
-    else:
-        texts = [spec.text] if isinstance(spec.text, str) else spec.text
-        asked |= dict(zip(("text", "text_pair"), texts, strict=False))
-    asked["label"] = spec.label
-    default = ColumnsSpec().model_dump()
-    found: dict[str, str] = {}
-    for meaning, name in asked.items():
-        if name in rows.column_names:
-            found[meaning] = name
-            continue
-        is_default = default.get(meaning) == name
-        candidates = (
-            [alias for alias in COLUMN_ALIASES.get(meaning, ()) if alias in rows.column_names]
-            if is_default
-            else []
-        )
-        candidates = candidates or (
-            [c for c in _by_type(rows, meaning) if c not in asked.values()] if is_default else []
-        )
-        if candidates:
-            found[meaning] = candidates[0]
-            notes.append(
-                f"the {meaning} is read from the column '{candidates[0]}' (data.columns.{meaning} names another)"
-            )
-        elif meaning != "label" or label_needed:
-            key = "text" if meaning == "text_pair" else meaning
-            raise DataError(
-                f"data '{where}': there is no column '{name}' to read the {key} from.{did_you_mean(name, rows.column_names)} "
-                f"The columns are {', '.join(rows.column_names)}. Name the right one in data.columns.{key}."
-            )
-    return found
-
-
-def _by_type(rows: Dataset, meaning: str) -> list[str]:
-    """Return the one column whose type fits, when there is exactly one."""
-    if meaning == "image":
-        fits = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
-    elif meaning == "text":
-        strings = [n for n, f in rows.features.items() if isinstance(f, Value) and "string" in f.dtype]
-        fits = [name for name in strings if name not in COLUMN_ALIASES["label"]]
-    else:
-        fits = [name for name, feature in rows.features.items() if isinstance(feature, ClassLabel)]
-    return fits if len(fits) == 1 else []
-
-
-# ---- one split -----------------------------------------------------------------------------------------------------
+# ---- one split ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Part:
+    """A split as read: its usable rows, and what is wrong with the others."""
+
     rows: Dataset
-    skipped: list[str]
+    problems: dict[int, str]
+    names: Mapping[int, str]
     image_side: int | None
 
+    def name(self, position: int) -> str:
+        return self.names[position]
 
-@dataclass(frozen=True)
-class _Loader:
-    """Turns raw rows into checked rows under the names of `Splits`."""
 
-    spec: DataSpec
-    labels: Labels
-    columns: dict[str, str]
-    modality: Modality
-    source: Source
-
-    def load(self, role: str, raw: Dataset) -> _Part:
-        missing = [name for name in self.columns.values() if name not in raw.column_names]
-        if missing:
-            raise DataError(
-                f"data '{_path_words(self.spec)}': the {role} split has no column '{missing[0]}', which train has."
-                f"{did_you_mean(missing[0], raw.column_names)} Its columns are {', '.join(raw.column_names)}."
-            )
-        problems: dict[int, str] = {}
-        raw = raw.with_format(None)
-        targets: list[Any] = []
-        label = self.columns.get("label")
-        if label is not None:
-            index = self.labels.label2id()
-            feature = raw.features[label]
-            for position, value in enumerate(column_values(raw, label)):
-                target, problem = encode(value, feature, self.labels, index, label)
-                targets.append(target)
-                if problem:
-                    problems[position] = (
-                        problem if role == "train" else problem.replace("unknown", "not in train")
-                    )
-        rows, side = (self._images if self.modality == "image" else self._texts)(raw, problems)
-        if targets:
-            rows = rows.add_column(
-                "label",
-                self._filled(targets),
-                new_fingerprint=_hash(rows._fingerprint, "label"),
-                feature=_label_feature(self.labels),
-            )
-        rows = rows.add_column("row", np.arange(len(rows)), new_fingerprint=_hash(rows._fingerprint, "row"))
-        texts = [f"{self._row_name(role, rows, at)}: {problems[at]}" for at in sorted(problems)]
-        if texts and self.spec.on_error == "stop":
-            checks.refuse(f"data '{_path_words(self.spec)}', {role}", texts, len(rows))
-        if texts:
-            rows = rows.select([at for at in range(len(rows)) if at not in problems])
-        if not len(rows):
-            raise DataError(f"data '{_path_words(self.spec)}': the {role} split has no usable row.")
-        return _Part(rows.with_transform(partial(_decode, role=role)), texts, side)
-
-    def _filled(self, targets: list[Any]) -> list[Any]:
-        empty: Any = [0.0] * self.labels.outputs if self.labels.kind == "multi" else 0
-        return [empty if target is None else target for target in targets]
-
-    def _images(self, raw: Dataset, problems: dict[int, str]) -> tuple[Dataset, int | None]:
-        column = self.columns["image"]
-        rows = (
-            raw.select_columns([column]).rename_column(column, "image")
-            if column != "image"
-            else raw.select_columns(["image"])
+def _read(
+    selection: Selection,
+    role: str,
+    index: Mapping[str, int],
+    spec: DataSpec,
+    labels: Labels,
+    columns: Mapping[str, str],
+    modality: Modality,
+    source: Source,
+) -> _Part:
+    """Turn a split's raw rows into rows as `Splits` describes them, without those that cannot be used."""
+    raw = selection.rows.with_format(None)
+    missing = next((name for name in columns.values() if name not in raw.column_names), None)
+    if missing is not None:
+        raise DataError(
+            f"data '{source.name}': '{selection.name}' ({role}) has no column '{missing}', which train has. "
+            f"Its columns are {', '.join(raw.column_names)}."
         )
-        feature = rows.features["image"]
-        if isinstance(feature, Value) and "string" in feature.dtype:
-            folder = self.source.folder or Path()
-            cells = [
-                None if p is None else {"bytes": None, "path": str(folder / p)}
-                for p in column_values(rows, "image")
-            ]
-            rows = Dataset.from_dict({"image": cells}, features=Features({"image": Image(decode=False)}))
-        else:
-            rows = rows.cast_column("image", Image(decode=False))
-        full = self.spec.on_error == "skip"
-        if not full and len(rows) > checks.MAX_HEADERS:
-            some = rows.select(range(0, len(rows), len(rows) // 64))
-            sides = checks.check_images(column_values(some, "image"), full=False)[1]
-        else:
-            found, sides = checks.check_images(column_values(rows, "image"), full=full)
-            problems.update(found)
-        return rows, int(median(sides)) if sides else None
+    problems: dict[int, str] = {}
+    side = None
+    if modality == "image":
+        rows = _image_rows(raw, columns["image"], source)
+        problems, side = _check_images(rows, full=spec.on_error == "skip")
+    else:
+        texts = {m: _texts(raw, columns[m], source) for m in ("text", "text_pair") if m in columns}
+        problems = checks.check_texts(texts.values())
+        rows = Dataset.from_dict(texts, features=Features({meaning: Value("string") for meaning in texts}))
+    if "label" in columns:
+        targets, wrong = _targets(raw, columns["label"], labels, index)
+        problems |= wrong
+        rows = _with_column(rows, "label", targets, label_feature(labels))
+    rows = _with_column(rows, "row", list(range(selection.start, selection.stop)), Value("int64"))
 
-    def _texts(self, raw: Dataset, problems: dict[int, str]) -> tuple[Dataset, None]:
-        meanings = {self.columns[m]: m for m in ("text", "text_pair") if m in self.columns}
-        columns = {meaning: column_values(raw, name) for name, meaning in meanings.items()}
-        problems.update(checks.check_texts(list(columns.values())))
-        texts = {m: [None if cell is None else str(cell) for cell in column] for m, column in columns.items()}
-        return Dataset.from_dict(texts, features=Features({m: Value("string") for m in texts})), None
-
-    def _row_name(self, role: str, rows: Dataset, at: int) -> str:
-        if self.modality == "image":
-            path = (rows[at]["image"] or {}).get("path")
-            if path and Path(path).is_absolute():
-                return path
-        return f"row {at} (counted from 0)"
+    names = {at: _row_name(rows[at], selection.name) for at in sorted(problems)}
+    if problems and spec.on_error == "stop":
+        checks.refuse(f"data '{source.name}', {role}", problems, len(rows), names.__getitem__)
+    if problems:
+        rows = rows.select([at for at in range(len(rows)) if at not in problems])
+    if not len(rows):
+        raise DataError(
+            f"data '{source.name}': no row of '{selection.name}' ({role}) can be used; {len(raw):,} were read."
+        )
+    return _Part(rows.with_transform(partial(_decode, split=selection.name)), problems, names, side)
 
 
-def _decode(batch: dict[str, list[Any]], role: str) -> dict[str, list[Any]]:
-    """Decode the images of a batch that `datasets` has read; other columns pass."""
+def _targets(
+    raw: Dataset, column: str, labels: Labels, index: Mapping[str, int]
+) -> tuple[list[Any], dict[int, str]]:
+    """Return a target per row and what is wrong with some; a wrong row's target only fills its place."""
+    filler = [0.0] * labels.outputs if labels.kind == "multi" else 0
+    targets, problems = [], {}
+    for at, cell in enumerate(column_values(raw, column)):
+        target, problem = encode(cell, raw.features[column], labels, index, column)
+        targets.append(filler if target is None else target)
+        if problem:
+            problems[at] = problem
+    return targets, problems
+
+
+def _texts(raw: Dataset, column: str, source: Source) -> list[str | None]:
+    feature = raw.features[column]
+    if not isinstance(feature, Value):
+        raise DataError(
+            f"data '{source.name}': the column '{column}' holds {type(feature).__name__.lower()}s, not texts. "
+            "Name another column in data.columns.text."
+        )
+    return [None if cell is None else str(cell) for cell in column_values(raw, column)]
+
+
+def _image_rows(raw: Dataset, column: str, source: Source) -> Dataset:
+    """Return the images undecoded, as `{"bytes", "path"}`; a text column holds paths, relative to the table's folder."""
+    rows = raw.select_columns([column])
+    rows = rows if column == "image" else rows.rename_column(column, "image")
+    feature = rows.features["image"]
+    if isinstance(feature, Value) and "string" in feature.dtype:
+        folder = source.folder or Path()
+        paths = [None if cell is None else str(folder / cell) for cell in column_values(rows, "image")]
+        return Dataset.from_dict({"image": paths}, features=Features({"image": Image(decode=False)}))
+    if not isinstance(feature, Image) and not (isinstance(feature, Value) and "binary" in feature.dtype):
+        raise DataError(
+            f"data '{source.name}': the column '{column}' holds no images but {feature}. "
+            "Name another column in data.columns.image."
+        )
+    return rows.cast_column("image", Image(decode=False))
+
+
+def _check_images(rows: Dataset, *, full: bool) -> tuple[dict[int, str], int | None]:
+    """Return what is wrong with some images, and the median short side; of very many only a sample is looked at."""
+    if full or len(rows) <= checks.MAX_HEADERS:
+        problems, sides = checks.check_images(_image_cells(rows), full=full)
+    else:
+        sample = rows.select(range(0, len(rows), len(rows) // 100))
+        problems, sides = {}, checks.check_images(_image_cells(sample), full=False)[1]
+    return problems, round(median(sides)) if sides else None
+
+
+def _image_cells(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """Yield the undecoded images, a few at a time: together they may not fit in memory."""
+    plain = rows.with_format(None).select_columns(["image"])
+    for start in range(0, len(plain), 256):
+        yield from plain[start : start + 256]["image"]
+
+
+def _decode(batch: dict[str, list[Any]], split: str) -> dict[str, list[Any]]:
+    """Decode the images of rows that `datasets` has read; what is not an image passes."""
     if "image" not in batch:
         return batch
-    rows = batch.get("row", ["?"] * len(batch["image"]))
-    images = [
-        checks.read_image(cell, _cell_name(cell, row, role))
-        for cell, row in zip(batch["image"], rows, strict=True)
-    ]
-    return {**batch, "image": images}
+    rows = [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
+    return {**batch, "image": [checks.read_image(row["image"], _row_name(row, split)) for row in rows]}
 
 
-def _cell_name(cell: Any, row: Any, role: str) -> str:
-    path = (cell or {}).get("path") if isinstance(cell, dict) else None
-    return f"'{path}'" if path and Path(path).is_absolute() else f"in row {row} (counted from 0) of {role}"
+def _row_name(row: Mapping[str, Any], split: str) -> str:
+    """Return what a person finds a row by: its file, or its number."""
+    cell = row.get("image") or {}
+    return (
+        f"'{cell['path']}'"
+        if cell.get("path") and cell["bytes"] is None
+        else f"row {row.get('row')} of '{split}'"
+    )
 
 
-def _label_feature(labels: Labels) -> Any:
-    if labels.kind == "single":
-        return ClassLabel(names=list(labels.names))
-    return List(Value("float32")) if labels.kind == "multi" else Value("float32")
+# ---- all splits --------------------------------------------------------------------------------------------------
 
 
-# ---- draws and counts ----------------------------------------------------------------------------------------------
+def _set_aside(
+    rows: Dataset, fraction: float, labels: Labels, seed: int, source: Source
+) -> tuple[Dataset, Dataset]:
+    """Split train into (train, validation)."""
+    chosen = draw_fraction(column_values(rows, "label"), fraction, labels, seed)
+    if not len(chosen):
+        raise DataError(
+            f"data '{source.name}': {len(rows)} rows, one of each class, cannot be split into train and validation. "
+            "Name a validation split or file in data.validation."
+        )
+    return rows.select(np.setdiff1d(np.arange(len(rows)), chosen)), rows.select(chosen)
 
 
-def class_counts(rows: Dataset, labels: Labels) -> list[int]:
-    """Return rows per class (multi-label: rows that carry the label), in label order; empty for regression."""
-    if labels.kind == "regression" or "label" not in rows.column_names:
-        return []
-    targets = column_values(rows, "label")
-    if labels.kind == "multi":
-        return [int(n) for n in np.asarray(targets, dtype=np.float32).reshape(-1, labels.outputs).sum(0)]
-    return np.bincount(np.asarray(targets, dtype=np.int64), minlength=labels.outputs).tolist()
-
-
-def draw_fraction(rows: Dataset, fraction: float, labels: Labels, seed: int) -> np.ndarray:
-    """Return sorted row numbers for validation: per class for single labels (a class of one row stays in train)."""
-    rng = np.random.default_rng((seed, 1))
-    if labels.kind != "single":
-        count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
-        return np.sort(rng.permutation(len(rows))[:count])
-    targets = np.asarray(column_values(rows, "label"))
-    chosen = []
-    for label in np.unique(targets):
-        members = rng.permutation(np.flatnonzero(targets == label))
-        chosen.append(members[: min(max(1, round(len(members) * fraction)), len(members) - 1)])
-    return np.sort(np.concatenate(chosen))
-
-
-def draw_samples(rows: Dataset, count: int, labels: Labels, seed: int) -> Dataset:
-    """Return `count` rows drawn with the seed, keeping the shares of the classes; all rows when there are fewer."""
+def _sample(rows: Dataset, count: int, labels: Labels, seed: int) -> Dataset:
     if len(rows) <= count:
         return rows
-    order = np.random.default_rng((seed, 2)).permutation(len(rows))
-    if labels.kind == "single" and "label" in rows.column_names:
-        targets = np.asarray(column_values(rows, "label"))[order]
-        # a row's place within its class, as a share of the class: taking the smallest keeps every class's share
-        place = np.empty(len(order))
-        for label in np.unique(targets):
-            members = np.flatnonzero(targets == label)
-            place[members] = (np.arange(len(members)) + 0.5) / len(members)
-        order = order[np.argsort(place, kind="stable")]
-    return rows.select(np.sort(order[:count]))
+    labelled = "label" in rows.column_names
+    targets = column_values(rows, "label" if labelled else "row")
+    return rows.select(draw_samples(targets, count, labels if labelled else Labels("regression", ()), seed))
 
 
-def _check_labels(splits: dict[str, Dataset], labels: Labels, spec: DataSpec, warnings: list[str]) -> None:
-    if labels.kind == "regression":
-        return
-    counts = {role: class_counts(rows, labels) for role, rows in splits.items()}
-    if labels.kind == "single" and sum(1 for count in counts["train"] if count) < 2:
-        present = [name for name, count in zip(labels.names, counts["train"], strict=True) if count]
-        raise DataError(
-            f"data '{_path_words(spec)}': train holds only one class, '{present[0]}'; telling classes apart takes two. "
-            "Check data.train (a slice of sorted rows?) and data.columns.label."
-        )
-    for at, name in enumerate(labels.names):
-        if counts["train"][at] and not counts["validation"][at]:
-            warnings.append(f"class '{name}' has no validation sample: its accuracy is not measured")
-
-
-def fingerprint(rows: Dataset) -> str:
-    """Return a hash of the rows' labels and texts or images (a file on disk counts by name and size)."""
-    parts: list[str] = [
-        repr(column_values(rows, name)) for name in rows.column_names if name not in ("image", "row")
+def _overlaps(selections: Mapping[str, Selection]) -> list[str]:
+    train = selections["train"]
+    return [
+        f"{shared:,} rows are in both train and {role}: the measured value is too good to be true"
+        for role, selection in selections.items()
+        if role != "train" and (shared := train.overlap(selection))
     ]
-    if "image" in rows.column_names:
-        for cell in column_values(rows, "image"):
-            path, content = cell["path"], cell["bytes"]
-            parts.append(
-                _hash(content) if content is not None else f"{Path(path).name}:{Path(path).stat().st_size}"
-            )
-    return _hash(*parts)
 
 
-def _hash(*parts: str | bytes) -> str:
+def _refuse_one_class(source: Source, labels: Labels, counts: Sequence[int]) -> None:
+    present = [name for name, count in zip(labels.names, counts, strict=False) if count]
+    needed = {"single": 2, "multi": 1, "regression": 0}[labels.kind]
+    if len(present) < needed:
+        only = f"only one class, '{present[0]}'" if present else "no label"
+        raise DataError(
+            f"data '{source.name}': train holds {only}; there is nothing to tell apart. Check data.train (a slice of rows "
+            "that are sorted by class?) and data.columns.label."
+        )
+
+
+def _class_warnings(labels: Labels, counts: Mapping[str, Sequence[int]]) -> list[str]:
+    if labels.kind == "regression":
+        return []
+    train, validation = counts["train"], counts["validation"]
+    unseen = [name for name, count in zip(labels.names, train, strict=True) if not count]
+    unmeasured = [n for n, t, v in zip(labels.names, train, validation, strict=True) if t and not v]
+    warnings = []
+    if unseen:
+        warnings.append(f"{_named(unseen)} without a training row: the model cannot learn to answer so")
+    if unmeasured:
+        warnings.append(
+            f"{_named(unmeasured)} without a validation row: how well the model does there is not measured"
+        )
+    if labels.kind == "single" and labels.outputs > 50 and labels.outputs > sum(train) / 2:
+        warnings.append(
+            f"{labels.outputs:,} classes for {sum(train):,} training rows: is the label column right, or is it a number "
+            "to predict (`data.labels: regression`)?"
+        )
+    return warnings
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return (
+        f"{'class' if len(names) == 1 else 'classes'} {', '.join(repr(name) for name in names[:NAMED])}{more}"
+    )
+
+
+def _with_column(rows: Dataset, name: str, values: list[Any], feature: Any) -> Dataset:
+    # `datasets` would pickle the values to fingerprint them, which takes longer than adding them
+    derived = _hash(rows._fingerprint.encode(), name.encode(), repr(values).encode())
+    return rows.add_column(name, values, new_fingerprint=derived, feature=feature)
+
+
+def _hash(*parts: bytes) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        digest.update(len(data).to_bytes(8, "little") + data)
+        digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
 
-def _path_words(spec: DataSpec) -> str:
-    return spec.path if isinstance(spec.path, str) else ", ".join(spec.path)
-
-
-_ = (Counter, replace, nearest)
+__all__ = ["LabelKind", "Splits", "class_counts", "class_weights", "fingerprint", "load_split", "load_splits"]
