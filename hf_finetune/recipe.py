@@ -1,43 +1,96 @@
-"""Reading and writing recipes: `extends`, then the file, then overrides; every problem in one error."""
+"""Reading and writing recipes: `extends`, then the file, then overrides; every problem found goes into one error."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from hf_finetune.checks import Conflict, conflicts
+from hf_finetune.errors import nearest
 from hf_finetune.recipe_errors import Place, Problem, recipe_error
-from hf_finetune.recipe_spec import EmaSpec, Origin, Precision, Recipe, TaskName, TrainingSpec
+from hf_finetune.recipe_schema import Keys, dotted, known_keys, node_at, shown, spec_problems
+from hf_finetune.recipe_spec import (
+    DEFAULT,
+    SHORT_FORMS,
+    EmaSpec,
+    Origin,
+    Precision,
+    Recipe,
+    TaskName,
+    TrainingSpec,
+)
+from hf_finetune.schedule import Cosine
 from hf_finetune.yaml_source import Node, from_plain, plain, read_yaml, to_yaml, walk
 
 __all__ = [
-    "EmaSpec", "Precision", "Recipe", "TaskName", "TrainingSpec", "dump_recipe", "load_recipe", "parse_recipe",
+    "EmaSpec",
+    "Precision",
+    "Recipe",
+    "ShippedRecipe",
+    "TaskName",
+    "TrainingSpec",
+    "dump_recipe",
+    "load_recipe",
+    "parse_recipe",
+    "shipped_recipes",
 ]
 
 _HERE = Path(__file__).parent
-SHIPPED = next((folder for folder in (_HERE / "recipes", _HERE.parent / "recipes") if folder.is_dir()), _HERE / "recipes")
+# In a wheel the recipes lie in the package, in a working copy beside it.
+_SHIPPED = next((place for place in (_HERE / "recipes", _HERE.parent / "recipes") if place.is_dir()), _HERE / "recipes")
+_BASE = "base"
+
+COMMAND_LINE = Place("command line", order=1_000_000)
+PYTHON = Place("recipe")
+
+# A section that names another of these than the layer below it starts afresh: options of one strategy mean nothing to
+# another. What stands here is the name of a section that gives none.
+_RESTARTS = {"strategy": None, "optimizer": "auto", "schedule": Cosine().name}
+# Saying the one takes back what a layer below said of the other.
+_ALTERNATIVES = {"training": ("epochs", "steps")}
+
+
+@dataclass(frozen=True)
+class ShippedRecipe:
+    """A recipe that comes with the package."""
+
+    name: str
+    path: Path
+    purpose: str
+    """The first line of its header."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from a file or by a shipped recipe's name and apply `KEY=VALUE` overrides.
+    """Read a recipe from a file, or a shipped one by its name, and apply `KEY=VALUE` overrides.
+
+    An override's key is dotted and its value YAML; `a.b=` sets nothing (null), `~a.b` takes a key out, so that its
+    default holds. `data=…` replaces the whole section, `data.path=…` one key. Where one layer sets `training.steps`,
+    the `epochs` of the layers below (and the default) give way, and the other way round.
 
     Raises:
-        RecipeError: all problems of the recipe, one block each.
+        RecipeError: the file cannot be read, or everything that is wrong with the recipe, one block each.
     """
-    file = Path(path) if Path(path).is_file() else SHIPPED / f"{path}.yaml"
-    node = _read(file)
-    for override in overrides:
-        key, _, text = override.partition("=")
-        value, _problems = read_yaml(text, "command line", lines=False)
-        _set(node, key.split("."), value or Node(None, Place("command line")))
-    return _validate(node, str(path), file.stem)
+    file = _find(str(path))
+    if file is None:
+        raise recipe_error([_no_such_file(str(path))], str(path))
+    problems: list[Problem] = []
+    node = _read(file, problems, ())
+    if node is None:
+        raise recipe_error(problems, _display(file))
+    return _build(node, overrides, problems, _display(file), file.stem)
 
 
 def parse_recipe(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """Check a recipe given as plain data. Raises RecipeError."""
-    return _validate(from_plain(dict(data), Place("recipe")), "the recipe", "")
+    """Check a recipe given as plain data, in the form a YAML file would hold. Raises RecipeError."""
+    problems: list[Problem] = []
+    node = _extended(_spelled_out(from_plain(dict(data), PYTHON)), Path(), problems, ())
+    if node is None:
+        raise recipe_error(problems, "the recipe")
+    return _build(node, overrides, problems, "the recipe", "")
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -45,37 +98,315 @@ def dump_recipe(recipe: Recipe) -> str:
     return to_yaml(recipe.model_dump(by_alias=True))
 
 
-def _read(file: Path) -> Node:
-    node, problems = read_yaml(file.read_text(encoding="utf-8"), str(file))
-    if node is None or problems:
-        raise recipe_error(problems, str(file))
-    if "extends" in node.value:
-        base = node.value.pop("extends").value
-        return _merge(_read(file.parent / base), node)
-    return node
+def shipped_recipes() -> dict[str, ShippedRecipe]:
+    """Return the recipes that come with the package, by name; not the base they extend."""
+    found = {}
+    for path in sorted(_SHIPPED.glob("*.yaml")):
+        if path.stem != _BASE:
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+            found[path.stem] = ShippedRecipe(path.stem, path, first.removeprefix("#").strip())
+    return found
 
 
-def _merge(base: Node, over: Node) -> Node:
-    if not isinstance(base.value, dict) or not isinstance(over.value, dict):
-        return over
-    merged = dict(base.value)
-    for key, child in over.value.items():
-        merged[key] = _merge(merged[key], child) if key in merged else child
-    return Node(merged, over.place)
+def _find(name: str, folder: Path | None = None) -> Path | None:
+    """Return the file a name means: a path (relative to `folder`), else a shipped recipe with or without .yaml."""
+    path = (folder or Path()) / Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = _SHIPPED / f"{name.removesuffix('.yaml')}.yaml"
+    return shipped if shipped.parent == _SHIPPED and shipped.is_file() else None
 
 
-def _set(node: Node, keys: list[str], value: Node) -> None:
-    for key in keys[:-1]:
-        node = node.value.setdefault(key, Node({}, value.place))
-    node.value[keys[-1]] = value
+def _no_such_file(name: str, folder: Path | None = None, place: Place | None = None, key: str = "") -> Problem:
+    path = (folder or Path()) / Path(name).expanduser()
+    beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    match = nearest(path.name, beside)
+    shipped = ", ".join([*shipped_recipes(), *([_BASE] if folder else [])])
+    what = "there is no such file"
+    if path.is_dir():
+        what, inside = "a folder is no recipe", sorted(each.name for each in path.glob("*.y*ml"))
+        hint = f"name a recipe in it: {', '.join(inside)}" if inside else "name a file"
+    elif match:
+        hint = f"did you mean '{Path(name).with_name(match)}'?"
+    elif shipped_match := nearest(path.stem, shipped_recipes()):
+        hint = f"did you mean the shipped recipe '{shipped_match}'?"
+    else:
+        hint = f"files beside it: {', '.join(beside)}" if beside else "check the path"
+    return Problem(place or Place(name), key, (f"given {name}; {what}" if key else what, hint, f"shipped recipes: {shipped}"))
 
 
-def _validate(node: Node, source: str, name: str) -> Recipe:
+def _display(file: Path) -> str:
+    """Return a file's name as people would write it: relative when it lies below the working directory."""
     try:
-        recipe = Recipe.model_validate(plain(node), by_alias=True, by_name=False)
-    except ValidationError as error:
-        raise recipe_error(
-            [Problem(node.place, ".".join(map(str, e["loc"])), (e["msg"],)) for e in error.errors()], source
-        ) from None
+        return str(file.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(file)
+
+
+def _read(file: Path, problems: list[Problem], chain: tuple[Path, ...]) -> Node | None:
+    """Return a file with everything it extends merged below it; None, and a problem, when one of them is no recipe."""
+    source, order = _display(file), len(chain)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        problems.append(Problem(Place(source, line, order), "", ("not UTF-8 text", "save the file as UTF-8")))
+        return None
+    except OSError as error:
+        problems.append(Problem(Place(source, 0, order), "", (f"cannot be read: {error.strerror}",)))
+        return None
+    node, found = read_yaml(text, source, order=order)
+    problems += found
+    if node is None and not found:
+        what = ("the file is empty", "a recipe names at least a strategy, such as `strategy: frozen`")
+        problems.append(Problem(Place(source, 1, order), "", what))
+    if node is None:
+        return None
+    if not isinstance(node.value, dict):
+        what = (f"given {shown(plain(node))}; a recipe is a mapping of keys to values", "for example `strategy: frozen`")
+        problems.append(Problem(node.place, "", what))
+        return None
+    return _extended(_spelled_out(node), file.parent, problems, (*chain, file.resolve()))
+
+
+def _extended(node: Node, folder: Path, problems: list[Problem], chain: tuple[Path, ...]) -> Node | None:
+    """Return a recipe merged over the one it extends."""
+    extends = node.value.get("extends")
+    node = Node({key: child for key, child in node.value.items() if key != "extends"}, node.place)
+    if extends is None or extends.value is None:
+        return node
+    if not isinstance(extends.value, str):
+        given = f"given {shown(plain(extends))}; allowed: a file beside this one, or a shipped recipe's name"
+        problems.append(Problem(extends.place, "extends", (given,)))
+        return None
+    base = _find(extends.value, folder)
+    if base is None:
+        problems.append(_no_such_file(extends.value, folder, extends.place, "extends"))
+        return None
+    if base.resolve() in chain:
+        circle = " -> ".join(path.name for path in (*chain[chain.index(base.resolve()) :], base))
+        problems.append(Problem(extends.place, "extends", (f"goes in a circle: {circle}", "extend another recipe")))
+        return None
+    below = _read(base, problems, chain)
+    return _merge(below, node) if below is not None else None
+
+
+def _spelled_out(node: Node) -> Node:
+    """Return one layer with its short forms written out, so that layers can be merged key by key."""
+    written = dict(node.value)
+    for section, key in SHORT_FORMS.items():
+        child = written.get(section)
+        bare = child is not None and child.value is not None and not isinstance(child.value, dict)
+        if bare and (section == "data" or not isinstance(child.value, list)):
+            written[section] = Node({key: child}, child.place)
+    augment = written.get("augment")
+    if augment is not None and isinstance(augment.value, list):
+        items = [i if isinstance(i.value, (dict, list)) else Node({"name": i}, i.place) for i in augment.value]
+        written["augment"] = Node(items, augment.place)
+    return Node(written, node.place)
+
+
+def _merge(below: Node, above: Node, section: str = "") -> Node:
+    """Return two layers as one: mappings key by key, everything else as the layer above says."""
+    if not isinstance(below.value, dict) or not isinstance(above.value, dict) or _restarts(section, below, above):
+        return above
+    given_way = _give_way(section, above)
+    merged = {key: child for key, child in below.value.items() if key not in given_way}
+    for key, child in above.value.items():
+        merged[key] = _merge(merged[key], child, f"{section}.{key}".lstrip(".")) if key in merged else child
+    return Node(merged, above.place)
+
+
+def _restarts(section: str, below: Node, above: Node) -> bool:
+    """Return whether the layer above names another strategy (optimizer, schedule) than the one below."""
+    named = _name(section, above, None)
+    return section in _RESTARTS and named is not None and named != _name(section, below, _RESTARTS[section])
+
+
+def _name(section: str, node: Node, default: str | None) -> Any:
+    if "name" in node.value:
+        return node.value["name"].value
+    return "phases" if section == "strategy" and "phases" in node.value else default
+
+
+def _give_way(section: str, above: Node) -> set[str]:
+    """Return the keys of lower layers that what is said above takes back."""
+    names = _ALTERNATIVES.get(section, ())
+    said = [name for name in names if name in above.value and above.value[name].value is not None]
+    return set(names) - set(said) if said else set()
+
+
+def _override(node: Node, text: str, problems: list[Problem]) -> Node:
+    """Return the recipe with one `KEY=VALUE` or `~KEY` applied; what is wrong with it is added to `problems`."""
+    remove = text.startswith("~")
+    key, equals, value_text = text.removeprefix("~").partition("=")
+    key = key.strip()
+
+    def problem(*lines: str) -> Node:
+        problems.append(Problem(COMMAND_LINE, key or text, lines))
+        return node
+
+    if not key or any(not part for part in key.split(".")) or remove == bool(equals):
+        return problem(
+            f"given {text}; allowed: KEY=VALUE, KEY= for null, or ~KEY to take a key out",
+            f"for example {'~' + key if remove and key else (key or 'training.epochs') + '=VALUE'}",
+        )
+    if key == "extends":
+        return problem("a file says what it extends, the command line does not", "load the other recipe instead")
+    value, found = read_yaml(value_text, COMMAND_LINE.source, order=COMMAND_LINE.order, lines=False)
+    if found:
+        return problem(f"given {value_text}; {found[0].lines[0]}", "put the value in quotes if it is text")
+    keys = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+    if remove and node_at(node, keys) is node_at(node, keys[:-1]):
+        known = known_keys(keys[:-1], node)
+        if known is not None and keys[-1] in known:
+            return node  # known, and at its default already
+        match = nearest(str(keys[-1]), known or [])
+        return problem("there is no such key to take out", *([f"did you mean '{match}'?"] if match else []))
+    change = _removal if remove else _setting(value or Node(None, COMMAND_LINE))
+    try:
+        return _changed(node, keys, (), change)
+    except LookupError as error:
+        return problem(*error.args)
+
+
+Change = Callable[[Node, Keys, "str | int"], Node]
+"""(section, its keys, the last key) -> the section changed."""
+
+
+def _changed(node: Node, keys: Keys, outer: Keys, change: Change) -> Node:
+    """Return `node` with `change` applied to the section that holds the last key; sections on the way are made."""
+    key = keys[0]
+    if isinstance(node.value, list):
+        if not isinstance(key, int) or key >= len(node.value):
+            count = len(node.value)
+            numbers = f"numbered 0 to {count - 1}" if count else "none"
+            raise LookupError(f"{dotted(outer)} is a list of {count}; its items are {numbers}")
+    elif node.value is None:
+        node = Node({}, node.place)
+    elif not isinstance(node.value, dict):
+        raise LookupError(
+            f"{dotted(outer)} is {shown(plain(node))}, which has no keys inside", f"set {dotted(outer)} itself"
+        )
+    if isinstance(node.value, dict):
+        key = str(key)
+    if len(keys) == 1:
+        return change(node, outer, key)
+    inside = isinstance(node.value, list) or key in node.value
+    child = node.value[key] if inside else Node({}, COMMAND_LINE)
+    return _with(node, key, _changed(child, keys[1:], (*outer, key), change))
+
+
+def _with(node: Node, key: str | int, child: Node) -> Node:
+    if isinstance(node.value, list):
+        return Node([child if i == key else item for i, item in enumerate(node.value)], node.place)
+    return Node({**node.value, key: child}, node.place)
+
+
+def _setting(value: Node) -> Change:
+    def change(node: Node, outer: Keys, key: str | int) -> Node:
+        section = dotted(outer)
+        if not outer or section == "augment":
+            layer = _spelled_out(Node({"augment": Node([value], value.place)} if outer else {str(key): value}, value.place))
+            return _with(node, key, layer.value["augment"].value[0] if outer else layer.value[key])
+        kept = node.value
+        above = Node({str(key): value}, value.place)
+        if isinstance(kept, dict):
+            ours = {k: child for k, child in kept.items() if child.place == COMMAND_LINE}
+            if section != "optimizer" and _restarts(section, node, above):
+                kept = ours
+            kept = {k: child for k, child in kept.items() if k in ours or k not in _give_way(section, above)}
+        return _with(Node(kept, node.place), key, value)
+
+    return change
+
+
+def _removal(node: Node, outer: Keys, key: str | int) -> Node:
+    if isinstance(node.value, list):
+        return Node([item for i, item in enumerate(node.value) if i != key], node.place)
+    return Node({k: child for k, child in node.value.items() if k != key}, node.place)
+
+
+def _build(
+    node: Node, overrides: Sequence[str], problems: list[Problem], source: str, name: str
+) -> Recipe:
+    """Return the recipe that the merged layers and overrides make, or raise the error with everything wrong."""
+    for override in overrides:
+        node = _override(node, override, problems)
+    recipe, broken, found = _validated(node)
+    unclear = {problem.key for problem in problems if problem.key}
+    problems += [problem for problem in found if not any(_touches(problem.key, key) for key in unclear)]
+    if recipe is not None:
+        unclear |= {dotted(keys) for keys in broken}
+        problems += [
+            _conflict_problem(conflict, recipe, node)
+            for conflict in conflicts(recipe)
+            if not any(_touches(key, other) for key in conflict.keys for other in unclear)
+        ]
+    if problems or recipe is None:
+        raise recipe_error(problems, source)
     recipe._origin = Origin(name, {key: child.place for key, child in walk(node)})
     return recipe
+
+
+def _validated(node: Node) -> tuple[Recipe | None, set[Keys], list[Problem]]:
+    """Return the recipe, the keys left out to get one, and the problems.
+
+    Keys that are wrong are left out until the rest is a recipe, so that what is wrong between the others shows too.
+    """
+    broken: set[Keys] = set()
+    problems: list[Problem] = []
+    for _ in range(5):
+        try:
+            return Recipe.model_validate(plain(node), by_alias=True, by_name=False), broken, problems
+        except ValidationError as error:
+            found = spec_problems(error, node)
+            problems = problems or list(found.values())
+            for keys in found:
+                broken.update(_suspects(keys, node))
+                node, left_out = _without(node, keys)
+                broken.add(left_out)
+    return None, broken, problems
+
+
+def _suspects(keys: Keys, node: Node) -> set[Keys]:
+    """Return what a problem's key leaves unknown: itself, and the key it may be a misspelling of."""
+    match = nearest(str(keys[-1]), known_keys(keys[:-1], node) or []) if keys else None
+    return {keys, (*keys[:-1], match)} if match else {keys}
+
+
+def _without(node: Node, keys: Keys) -> tuple[Node, Keys]:
+    """Return the recipe without a wrong key, and what was left out for it: the section where a key is missing from it.
+
+    Lists are left out whole: without one item the others would change their numbers.
+    """
+    if keys == ("strategy",):
+        return Node({**node.value, "strategy": from_plain({"name": "full"}, DEFAULT)}, node.place), keys
+    parent = node_at(node, keys[:-1])
+    if len(keys) > 1 and not (isinstance(parent.value, dict) and keys[-1] in parent.value):
+        return _without(node, keys[:-1])
+    return _changed(node, keys, (), _removal), keys
+
+
+def _touches(key: str, other: str) -> bool:
+    return key == other or key.startswith(other + ".") or other.startswith(key + ".")
+
+
+def _conflict_problem(conflict: Conflict, recipe: Recipe, node: Node) -> Problem:
+    """Return a conflict as a problem at the first of its keys that is written somewhere."""
+    values, places = recipe.model_dump(by_alias=True), dict(walk(node))
+    written = [key for key in conflict.keys if key in places]
+    key, *others = written + [key for key in conflict.keys if key not in written]
+    at = places[key].place if key in places else replace(node.place, line=0)
+    given = f"given {shown(_value(values, key))}"
+    if not others:
+        return Problem(at, key, (f"{given}; {conflict.reason}", conflict.remedy))
+    where = {other: places[other].place if other in places else DEFAULT for other in others}
+    beside = [f"{other}: {shown(_value(values, other))} ({where[other]})" for other in others]
+    return Problem(at, key, (f"{given}, with {', '.join(beside)}", conflict.reason, conflict.remedy))
+
+
+def _value(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[int(part)] if isinstance(values, list) else values[part]
+    return values

@@ -60,28 +60,30 @@ class TrainingSpec(Spec):
 
 
 class OneOf:
-    """Marks a field that holds one of a table's specs, told apart by `name`; a bare text is the name."""
+    """Marks a field that holds one of several specs, told apart by `name`; a bare text is the name."""
 
-    def __init__(self, table: Mapping[str, type[Spec]]) -> None:
-        self.table = table
+    def __init__(
+        self, specs: Mapping[str, type[Spec]], *, default: str | None = None, by_key: Mapping[str, str] | None = None
+    ) -> None:
+        self.specs = specs
+        self.default = default
+        self.by_key = by_key or {}
+        """Key -> name of the spec that a section without a name, but with this key, is."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        choices = {name: handler.generate_schema(spec) for name, spec in self.table.items()}
-        union = core_schema.tagged_union_schema(dict(choices), discriminator=name_of)
-        return core_schema.no_info_before_validator_function(named, union)
+        # In angle brackets a label in an error's path cannot be taken for a key of the recipe.
+        choices: dict[Any, CoreSchema] = {f"<{n}>": handler.generate_schema(s) for n, s in self.specs.items()}
+        union = core_schema.tagged_union_schema(choices, discriminator=lambda value: f"<{self.name_of(value)}>")
+        return core_schema.no_info_before_validator_function(
+            lambda value: {"name": value} if isinstance(value, str) else value, union
+        )
 
-
-def named(value: Any) -> Any:
-    """Return a bare name as a section; other values as they are."""
-    return {"name": value} if isinstance(value, str) else value
-
-
-def name_of(value: Any) -> str | None:
-    """Return the name that tells which spec a section is; `{phases: […]}` needs none."""
-    if isinstance(value, Mapping):
-        name = value.get("name", "phases" if "phases" in value else None)
-        return name if isinstance(name, str) else None
-    return getattr(value, "name", None)
+    def name_of(self, value: Any) -> Any:
+        """Return the name of a section or spec; None where it has none."""
+        if not isinstance(value, Mapping):
+            return getattr(value, "name", None)
+        told = next((name for key, name in self.by_key.items() if key in value), self.default)
+        return value.get("name", told)
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ class Recipe(Spec):
     backbone: BackboneSpec = BackboneSpec()
     data: DataSpec = DataSpec()
     augment: Preset | list[Annotated[AugmentationSpec, OneOf(AUGMENTATIONS)]] = "auto"
-    strategy: Annotated[StrategySpec, OneOf(STRATEGIES)]
+    strategy: Annotated[StrategySpec, OneOf(STRATEGIES, by_key={"phases": "phases"})]
     optimizer: OptimizerSpec = OptimizerSpec()
-    schedule: Annotated[ScheduleSpec, OneOf(SCHEDULES)] = Cosine()
+    schedule: Annotated[ScheduleSpec, OneOf(SCHEDULES, default="cosine")] = Cosine()
     training: TrainingSpec = TrainingSpec()
     monitor: MonitorSpec = MonitorSpec()
     trackers: list[str] = []
@@ -117,7 +119,7 @@ class Recipe(Spec):
         if not isinstance(data, dict):
             return data
         return {
-            key: {SHORT_FORMS[key]: value} if key in SHORT_FORMS and isinstance(value, (str, list)) else value
+            key: {SHORT_FORMS[key]: value} if key in SHORT_FORMS and isinstance(value, str) else value
             for key, value in data.items()
         }
 

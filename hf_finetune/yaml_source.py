@@ -6,8 +6,9 @@ Scalars follow YAML 1.2: `1e-3` is a number and `yes` is text (PyYAML, which fol
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -71,15 +72,21 @@ def read_yaml(text: str, source: str, *, order: int = 0, lines: bool = True) -> 
     def place(mark: Any) -> Place:
         return Place(source, mark.line + 1 if mark and lines else 0, order)
 
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        return None, [Problem(place(error.problem_mark or error.context_mark), "", _syntax(error))]
-    except yaml.YAMLError as error:
-        return None, [Problem(Place(source, 0, order), "", (f"not YAML: {error}",))]
+        mark, line, what, remedy = _syntax_error(error, text)
+        given = f"given {_shortened(line)}; not YAML: {what}" if line else f"not YAML: {what}"
+        return None, [Problem(place(mark), "", (given, remedy))]
+    except yaml.reader.ReaderError as error:
+        line_number = text.count("\n", 0, error.position) + 1 if lines else 0
+        what = f"not text: it holds the control character {error.character:#04x}"
+        return None, [Problem(Place(source, line_number, order), "", (what, "save the file as plain UTF-8 text"))]
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return (None if root is None else _construct(root, "", (), place, problems)), problems
 
 
@@ -101,10 +108,12 @@ def plain(node: Node) -> Any:
 
 
 def from_plain(value: Any, place: Place) -> Node:
-    """Return plain data as nodes that all stand at `place`; keys become text."""
-    if isinstance(value, dict):
+    """Return plain data as nodes that all stand at `place`; keys and paths become text."""
+    if isinstance(value, PurePath):
+        return Node(str(value), place)
+    if isinstance(value, Mapping):
         return Node({str(key): from_plain(child, place) for key, child in value.items()}, place)
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return Node([from_plain(child, place) for child in value], place)
     return Node(value, place)
 
@@ -122,8 +131,37 @@ def walk(node: Node, key: str = "") -> Iterator[tuple[str, Node]]:
         yield from walk(child, inner)
 
 
-def _syntax(error: yaml.MarkedYAMLError) -> tuple[str, ...]:
-    return (f"not YAML: {error.problem or error.context}",)
+_SYNTAX = (  # part of PyYAML's message, whether its context is the place to look at, what is wrong, what to do
+    ("'\\t'", False, "a tab in the indent", "indent with spaces"),
+    ("mapping values are not allowed", False, "the line does not continue the one above",
+     "align it with its neighbours, and check the line above for a missing ':'"),
+    ("expected <block end>", False, "the indent does not fit the lines above", "align the line with its neighbours"),
+    ("could not find expected ':'", True, "a line without ': '", "write KEY: VALUE"),
+    ("unexpected end of stream", True, "a quote that is not closed", "close it"),
+    ("expected ',' or", True, "a bracket that is not closed, or a missing comma",
+     "close it with ] or }, and put text that holds brackets or commas in quotes"),
+    ("expected the node content", True, "a bracket that is not closed, or a missing value", "close it with ] or }"),
+    ("found undefined alias", False, "an alias (*name) without its anchor (&name)", "put text that starts with * in quotes"),
+    ("but found another document", False, "a second document begins here", "keep one document in a file"),
+    ("cannot start any token", False, "a value cannot start with this character", "put the value in quotes"),
+)  # fmt: skip
+
+
+def _syntax_error(error: yaml.MarkedYAMLError, text: str) -> tuple[Any, str, str, str]:
+    """Return the mark of a syntax error, its line, what is wrong and what to do."""
+    problem = error.problem or error.context or "it cannot be read"
+    found = (problem, False, problem, "correct the line")
+    _, in_context, what, remedy = next((known for known in _SYNTAX if known[0] in problem), found)
+    mark = (error.context_mark if in_context else None) or error.problem_mark or error.context_mark
+    every = text.splitlines()
+    line = every[mark.line].strip() if mark and mark.line < len(every) else ""
+    if "mapping values" in problem and len(re.findall(r":(?:\s|$)", line)) > 1:
+        what, remedy = "a second ': ' on one line", "put text that contains ': ' in quotes"
+    return mark, line, what, remedy
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _construct(

@@ -1,0 +1,451 @@
+"""What a recipe's parts must agree on, beyond what each part checks alone: one small function for each rule.
+
+Only what can be known without loading anything is checked here; what needs the data, the backbone or the hardware is
+checked where those are loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, IMAGE_AUGMENTATIONS, TEXT_AUGMENTATIONS
+from hf_finetune.errors import nearest
+from hf_finetune.recipe_spec import Recipe
+from hf_finetune.shipped import BACKBONES, DATASETS, ShippedDataset
+from hf_finetune.spec import Duration
+from hf_finetune.tasks import TASKS
+from hf_finetune.tasks.metrics import EVALUATE_PREFIX, LOSS, METRICS, metric_names
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+"""accelerate's own."""
+
+_SHIPPED = "shipped/"
+_VALIDATION_NAMES = ("validation", "val", "valid", "dev", "eval")
+# Strategies whose frozen layers only make sense with pretrained weights.
+_NEEDS_PRETRAINED = ("frozen", "lp_ft", "gradual", "bitfit", "norms", "surgical")
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Keys that cannot stand together, or a value that cannot be met."""
+
+    keys: tuple[str, ...]
+    """The one to report first, then those it depends on."""
+    reason: str
+    remedy: str
+
+
+def _modality(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield (key, modality) for everything in the recipe that says whether it is about images or texts."""
+    if recipe.task != "auto":
+        yield "task", TASKS[recipe.task].modality
+    if data := _shipped_data(recipe):
+        yield "data.path", TASKS[data.task].modality
+    backbone = BACKBONES.get(recipe.backbone.id.removeprefix(_SHIPPED))
+    if backbone and recipe.backbone.id.startswith(_SHIPPED):
+        yield "backbone.id", backbone.modality
+
+
+def shipped_names(recipe: Recipe) -> Iterator[Conflict]:
+    """A `shipped/…` name is one of the package's."""
+    paths = recipe.data.path if isinstance(recipe.data.path, list) else [recipe.data.path]
+    for key, name, known in [
+        ("backbone.id", recipe.backbone.id, BACKBONES),
+        *(("data.path", path, DATASETS) for path in paths),
+    ]:
+        if name.startswith(_SHIPPED) and name.removeprefix(_SHIPPED) not in known:
+            match = nearest(name.removeprefix(_SHIPPED), known)
+            yield Conflict(
+                (key,),
+                f"the package ships {_listed(_SHIPPED + each for each in known)}",
+                f"did you mean '{_SHIPPED}{match}'?" if match else "choose one of them, a Hub id or a local path",
+            )
+
+
+def modalities_agree(recipe: Recipe) -> Iterator[Conflict]:
+    """Task, data and backbone are all about images, or all about texts."""
+    said = list(_modality(recipe))
+    other = next((key for key, modality in said if modality != said[0][1]), None)
+    if other is None:
+        return
+    remedy = "choose a task, data and a backbone of one kind"
+    if {said[0][0], other} == {"data.path", "backbone.id"}:
+        image = dict(said)["data.path"] == "image"
+        remedy = f"for {'images' if image else 'texts'} there is backbone: shipped/{'tiny-resnet' if image else 'minilm'}"
+        remedy += f", for {'texts' if image else 'images'} data: shipped/{'reviews' if image else 'digits'}"
+    told = dict(said)
+    yield Conflict(
+        (other, said[0][0]), f"the one is about {told[other]}s, the other about {told[said[0][0]]}s", remedy
+    )
+
+
+def augmentations_fit_the_modality(recipe: Recipe) -> Iterator[Conflict]:
+    """Image augmentations for images, text augmentations for texts."""
+    if not isinstance(recipe.augment, list):
+        return
+    kinds = {name: "image" for name in IMAGE_AUGMENTATIONS | BATCH_AUGMENTATIONS} | dict.fromkeys(TEXT_AUGMENTATIONS, "text")
+    said = list(_modality(recipe))
+    if len({modality for _, modality in said}) > 1:
+        return  # reported as such
+    listed = [(f"augment.{i}.name", kinds[each.name]) for i, each in enumerate(recipe.augment)]
+    witness, modality = (said or listed or [("", "")])[0]
+    allowed = {"image": [*IMAGE_AUGMENTATIONS, *BATCH_AUGMENTATIONS], "text": [*TEXT_AUGMENTATIONS]}
+    for key, kind in listed:
+        if kind != modality:
+            yield Conflict(
+                (key, witness),
+                f"{'an' if kind == 'image' else 'a'} {kind} augmentation does nothing for {modality}s",
+                f"remove it, or choose from {', '.join(allowed[modality])}",
+            )
+
+
+def mixing_needs_pairs(recipe: Recipe) -> Iterator[Conflict]:
+    """mixup and cutmix blend samples 2k and 2k+1 of a forward pass, so their number is even."""
+    for key in _mixing(recipe):
+        size_key = "micro_batch_size" if recipe.training.micro_batch_size is not None else "batch_size"
+        size = getattr(recipe.training, size_key)
+        if size % 2:
+            yield Conflict(
+                (f"training.{size_key}", key),
+                "samples are blended in pairs, so a forward pass takes an even number of them",
+                f"set training.{size_key}: {size + 1}" if size_key == "batch_size" else "choose an even number",
+            )
+            return
+
+
+def mixing_needs_classes(recipe: Recipe) -> Iterator[Conflict]:
+    """mixup and cutmix blend class targets."""
+    for key in _mixing(recipe):
+        if recipe.data.labels == "regression":
+            yield Conflict(
+                (key, "data.labels"), "it blends the targets of classes; values are not classes", "remove it"
+            )
+
+
+def smoothing_needs_classes(recipe: Recipe) -> Iterator[Conflict]:
+    """Label smoothing spreads one class's target over the others."""
+    if recipe.training.label_smoothing and recipe.data.labels != "single":
+        yield Conflict(
+            ("training.label_smoothing", "data.labels"),
+            "smoothing spreads the target of one class over the others, so it needs single labels",
+            "set training.label_smoothing: 0",
+        )
+
+
+def weights_need_classes(recipe: Recipe) -> Iterator[Conflict]:
+    """Class weights need classes."""
+    if recipe.data.class_weights != "none" and recipe.data.labels == "regression":
+        yield Conflict(
+            ("data.class_weights", "data.labels"), "regression has no classes to weigh", "set data.class_weights: none"
+        )
+
+
+def run_has_a_length(recipe: Recipe) -> Iterator[Conflict]:
+    """Epochs or steps, one of them."""
+    training, keys = recipe.training, ("training.steps", "training.epochs")
+    if training.epochs is None and training.steps is None:
+        yield Conflict(keys, "the run has no length", "set training.epochs or training.steps")
+    elif training.epochs is not None and training.steps is not None:
+        yield Conflict(keys, "both say how long the run is", "keep one, remove the other")
+
+
+def micro_batches_fill_the_batch(recipe: Recipe) -> Iterator[Conflict]:
+    """An optimizer step takes a whole number of forward passes."""
+    batch, micro = recipe.training.batch_size, recipe.training.micro_batch_size
+    if micro is None or batch % micro == 0:
+        return
+    divisors = [size for size in range(batch, 0, -1) if batch % size == 0 and size <= max(micro, 1)]
+    larger = "is larger than" if micro > batch else "does not divide"
+    yield Conflict(
+        ("training.micro_batch_size", "training.batch_size"),
+        f"the forward pass {larger} the batch of an optimizer step, which takes a whole number of passes",
+        f"set training.micro_batch_size: {divisors[0]}, or training.batch_size: {micro * max(1, round(batch / micro))}",
+    )
+
+
+def metrics_fit_the_labels(recipe: Recipe) -> Iterator[Conflict]:
+    """Every metric is known and for the kind of labels the data has."""
+    kind = recipe.data.labels
+    keys = [("monitor.metric", recipe.monitor.metric)]
+    keys += [(f"monitor.metrics.{i}", name) for i, name in enumerate(recipe.monitor.metrics)]
+    for key, name in keys:
+        allowed = f"for {kind} labels there are {', '.join(metric_names(kind))}"
+        if name in (LOSS, *(["auto"] if key == "monitor.metric" else [])) or name in metric_names(kind):
+            continue
+        if name.startswith(EVALUATE_PREFIX) and name != EVALUATE_PREFIX:
+            continue
+        if name in METRICS:
+            yield Conflict((key, "data.labels"), f"{name} is for {_listed(METRICS[name].kinds)} labels", allowed)
+            continue
+        match = nearest(name, metric_names(kind))
+        yield Conflict(
+            (key,),
+            "no metric has this name" + (f"; did you mean '{match}'?" if match else ""),
+            f"{allowed}; a metric of Hugging Face evaluate is written {EVALUATE_PREFIX}<name>",
+        )
+
+
+def better_is_known(recipe: Recipe) -> Iterator[Conflict]:
+    """More or less of the monitored metric is better, and the recipe does not say the opposite."""
+    metric, mode = recipe.monitor.metric, recipe.monitor.mode
+    if metric.startswith(EVALUATE_PREFIX) and mode == "auto":
+        yield Conflict(
+            ("monitor.metric", "monitor.mode"),
+            "the metrics of Hugging Face evaluate do not say which way is better",
+            "set monitor.mode: max, or min",
+        )
+    right = "min" if metric == LOSS else METRICS[metric].mode if metric in METRICS else mode
+    if mode not in ("auto", right):
+        yield Conflict(
+            ("monitor.mode", "monitor.metric"), f"the run would keep its worst weights: {metric} is better at its "
+            f"{'highest' if right == 'max' else 'lowest'}", "set monitor.mode: auto"
+        )
+
+
+def evaluations_happen(recipe: Recipe) -> Iterator[Conflict]:
+    """The run is at least as long as the time between two evaluations."""
+    share = _share_of_run(recipe.monitor.evaluate, recipe)
+    if share is not None and share > 1:
+        yield Conflict(
+            ("monitor.evaluate", _length_key(recipe)), "the run ends before its first evaluation",
+            f"evaluate at most every {_length(recipe)}, or train longer",
+        )
+
+
+def patience_can_run_out(recipe: Recipe) -> Iterator[Conflict]:
+    """What waits for evaluations without improvement gets enough of them: one to compare with, then `patience` more."""
+    share = _share_of_run(recipe.monitor.evaluate, recipe)
+    if share is None or share > 1:
+        return
+    evaluations = int(1 / share + 1e-9)
+    for keys, patience, what in _waits(recipe):
+        if patience >= evaluations:
+            times = "one evaluation" if evaluations == 1 else f"{evaluations} evaluations"
+            remedy = "evaluate more often (monitor.evaluate: 20%) or train longer"
+            if evaluations > 1 and patience > 1:
+                remedy = f"set a patience of at most {evaluations - 1}, or {remedy}"
+            yield Conflict(
+                (*keys, "monitor.evaluate", _length_key(recipe)),
+                f"{what} takes {patience + 1} evaluations, the run has {times}",
+                remedy,
+            )
+
+
+def warmup_suits_the_schedule(recipe: Recipe) -> Iterator[Conflict]:
+    """A curve that rises by itself takes no warmup, and a warmup ends before the run does."""
+    schedule = recipe.schedule
+    if not isinstance(schedule.warmup, Duration):
+        return
+    if not schedule.warms_up:
+        yield Conflict(
+            ("schedule.warmup", "schedule.name"), "this curve rises by itself, so a warmup would come on top",
+            "remove schedule.warmup; schedule.rise sets how long the curve rises",
+        )
+        return
+    share = _share_of_run(schedule.warmup, recipe)
+    if share is not None and share >= 1:
+        yield Conflict(
+            ("schedule.warmup", _length_key(recipe)), "the rate would rise until the run ends",
+            f"warm up for less than {_length(recipe)}, such as 10%",
+        )
+
+
+def phases_fill_the_run(recipe: Recipe) -> Iterator[Conflict]:
+    """Phases of fixed length fit into the run, and the last one lasts until its end."""
+    phases = getattr(recipe.strategy, "phases", [])
+    shares = [_share_of_run(phase.for_, recipe) if phase.for_ is not None else None for phase in phases]
+    fixed = [(i, share) for i, share in enumerate(shares) if share is not None]
+    total, keys = sum(share for _, share in fixed), tuple(f"strategy.phases.{i}.for" for i, _ in fixed)
+    ends = phases and phases[-1].for_ is not None
+    if total > 1 + 1e-9:
+        yield Conflict(
+            (keys[-1], *keys[:-1], _length_key(recipe)), f"the phases take {total:.0%} of the run",
+            "shorten them, or train longer; the last phase needs no `for`: it takes what is left",
+        )
+    elif ends and len(fixed) == len(phases) and total < 1 - 1e-9:
+        yield Conflict(
+            (keys[-1], *keys[:-1], _length_key(recipe)), f"the phases take only {total:.0%} of the run",
+            "remove `for` from the last phase: it takes what is left",
+        )
+
+
+def both_stages_happen(recipe: Recipe) -> Iterator[Conflict]:
+    """The probe of lp_ft leaves time for what follows it."""
+    probe = getattr(recipe.strategy, "probe", None)
+    share = _share_of_run(probe, recipe) if probe is not None else None
+    if share is not None and share >= 1:
+        yield Conflict(
+            ("strategy.probe", _length_key(recipe)), "the run would end before all layers train",
+            f"probe for less than {_length(recipe)}, such as 40%",
+        )
+
+
+def frozen_layers_are_pretrained(recipe: Recipe) -> Iterator[Conflict]:
+    """Layers that do not learn need weights from somewhere."""
+    if recipe.backbone.pretrained:
+        return
+    phases = getattr(recipe.strategy, "phases", [])
+    if recipe.strategy.name in _NEEDS_PRETRAINED or (phases and phases[0].train == "head"):
+        yield Conflict(
+            ("backbone.pretrained", "strategy.name"), "layers that do not learn would keep their random weights",
+            "set backbone.pretrained: true, or strategy: scratch",
+        )
+
+
+def remote_code_is_pinned(recipe: Recipe) -> Iterator[Conflict]:
+    """Code from the Hub is run as it was when somebody looked at it."""
+    if recipe.backbone.trust_remote_code and recipe.backbone.revision is None and _on_hub(recipe.backbone.id):
+        yield Conflict(
+            ("backbone.trust_remote_code", "backbone.id"), "code from the Hub may change between two runs",
+            "read it, then set backbone.revision to that commit",
+        )
+
+
+def revisions_are_of_the_hub(recipe: Recipe) -> Iterator[Conflict]:
+    """What is on this machine has no revisions or configurations of the Hub."""
+    data = recipe.data.path
+    for key, value, where, name in [
+        ("backbone.revision", recipe.backbone.revision, "backbone.id", recipe.backbone.id),
+        ("data.revision", recipe.data.revision, "data.path", data if isinstance(data, str) else data[0]),
+        ("data.config", recipe.data.config, "data.path", data if isinstance(data, str) else data[0]),
+    ]:
+        if value is not None and not _on_hub(name):
+            what = "configuration" if key == "data.config" else "revision"
+            yield Conflict((key, where), f"only a Hub id has a {what}", f"remove {key}")
+
+
+def splits_exist(recipe: Recipe) -> Iterator[Conflict]:
+    """Splits of a shipped set are among those it has."""
+    shipped = _shipped_data(recipe)
+    if shipped is None:
+        return
+    for role in ("train", "validation", "test"):
+        value = getattr(recipe.data, role)
+        name = re.fullmatch(r"([\w-]+)(\[.*\])?", value) if isinstance(value, str) else None
+        if name and name[1] not in (*shipped.splits, "auto"):
+            match = nearest(name[1], shipped.splits)
+            yield Conflict(
+                (f"data.{role}", "data.path"), f"its splits are {_listed(shipped.splits)}",
+                f"did you mean '{match}'?" if match else "choose one of them",
+            )
+
+
+def fraction_needs_no_validation_split(recipe: Recipe) -> Iterator[Conflict]:
+    """A fraction of train is held out only where the data has no validation split of its own."""
+    if not isinstance(recipe.data.validation, float):
+        return
+    own = _validation_split(recipe)
+    if own is not None:
+        yield Conflict(
+            ("data.validation", "data.path"), f"the data has its own validation split, {own}, which would go unused",
+            f"set data.validation: auto, or merge the two by data.train: {recipe.data.train}+{own}"
+            if _shipped_data(recipe) is None
+            else "set data.validation: auto",
+        )
+
+
+def trackers_are_known(recipe: Recipe) -> Iterator[Conflict]:
+    """Trackers are accelerate's own."""
+    for i, name in enumerate(recipe.trackers):
+        if name not in TRACKERS:
+            match = nearest(name, TRACKERS)
+            yield Conflict(
+                (f"trackers.{i}",), "no tracker has this name" + (f"; did you mean '{match}'?" if match else ""),
+                f"choose from {', '.join(TRACKERS)}",
+            )
+
+
+CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
+    shipped_names,
+    modalities_agree,
+    augmentations_fit_the_modality,
+    mixing_needs_pairs,
+    mixing_needs_classes,
+    smoothing_needs_classes,
+    weights_need_classes,
+    run_has_a_length,
+    micro_batches_fill_the_batch,
+    metrics_fit_the_labels,
+    better_is_known,
+    evaluations_happen,
+    patience_can_run_out,
+    warmup_suits_the_schedule,
+    phases_fill_the_run,
+    both_stages_happen,
+    frozen_layers_are_pretrained,
+    remote_code_is_pinned,
+    revisions_are_of_the_hub,
+    splits_exist,
+    fraction_needs_no_validation_split,
+    trackers_are_known,
+)
+
+
+def conflicts(recipe: Recipe) -> list[Conflict]:
+    """Return everything in a recipe that does not fit together."""
+    return [conflict for check in CHECKS for conflict in check(recipe)]
+
+
+def _shipped_data(recipe: Recipe) -> ShippedDataset | None:
+    path = recipe.data.path
+    return DATASETS.get(path.removeprefix(_SHIPPED)) if isinstance(path, str) and path.startswith(_SHIPPED) else None
+
+
+def _mixing(recipe: Recipe) -> list[str]:
+    """Return the keys of augmentations that blend samples."""
+    if not isinstance(recipe.augment, list):
+        return []
+    return [f"augment.{i}.name" for i, each in enumerate(recipe.augment) if each.name in BATCH_AUGMENTATIONS]
+
+
+def _waits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], int, str]]:
+    """Yield (keys, patience, what it is) for everything that waits for a plateau."""
+    strategy: Any = recipe.strategy
+    if recipe.monitor.early_stopping is not None:
+        yield ("monitor.early_stopping.patience", "monitor.early_stopping"), recipe.monitor.early_stopping.patience, "early stopping"
+    if recipe.schedule.name == "reduce_on_plateau":
+        yield ("schedule.patience", "schedule.name"), recipe.schedule.patience, "a plateau"  # type: ignore[attr-defined]
+    if getattr(strategy, "every", None) == "plateau":
+        yield ("strategy.every", "strategy.patience"), strategy.patience, "a plateau"
+    for i, phase in enumerate(getattr(strategy, "phases", [])):
+        if phase.patience is not None:
+            yield (f"strategy.phases.{i}.until",), phase.patience.patience, "a plateau"
+
+
+def _share_of_run(duration: Duration, recipe: Recipe) -> float | None:
+    """Return a duration as a share of the run; None where that takes the size of the data."""
+    if duration.unit == "%":
+        return duration.amount / 100
+    length = {"epochs": recipe.training.epochs, "steps": recipe.training.steps}[duration.unit]
+    return duration.amount / length if length else None
+
+
+def _length_key(recipe: Recipe) -> str:
+    return "training.steps" if recipe.training.steps is not None else "training.epochs"
+
+
+def _length(recipe: Recipe) -> str:
+    steps, epochs = recipe.training.steps, recipe.training.epochs
+    return str(Duration(steps, "steps") if steps is not None else Duration(epochs or 0, "epochs"))
+
+
+def _on_hub(name: str) -> bool:
+    return not (name.startswith((_SHIPPED, "/", "./", "../", "~")) or Path(name).exists())
+
+
+def _validation_split(recipe: Recipe) -> str | None:
+    """Return the name of the data's own validation split where that is known without opening it."""
+    shipped, path = _shipped_data(recipe), recipe.data.path
+    names: list[str] = list(shipped.splits) if shipped else []
+    if not shipped and isinstance(path, str) and Path(path).is_dir():
+        names = [child.stem for child in sorted(Path(path).iterdir()) if not child.name.startswith(".")]
+    return next((name for name in names if name.lower() in _VALIDATION_NAMES), None)
+
+
+def _listed(words: Any) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
