@@ -107,7 +107,7 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
     seen, clock = 0, time.monotonic()  # samples and time since the last training row
 
     step, index, start, end = 0, -1, 0, 0
-    batches: Iterator[tuple[int, list[dict[str, Any]]]] = iter(())
+    batches: Iterator[list[dict[str, Any]]] = iter(())
     while step < timeline.total_steps:
         if step == end:
             # A phase begins: other layers learn. DDP hooks the parameters that need gradients when it wraps, so the
@@ -131,7 +131,8 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
         multiple = reduction * rate_multiple(recipe, timeline, step, start, end)
         rates = set_rates(optimizer.optimizer, setup.groups, phase=index, base_lr=base_lr, multiple=multiple)
 
-        batch_size, micro_batches = next(batches)
+        micro_batches = next(batches)
+        batch_size = micro_batches[0]["batch_size"]  # over all processes
         loss = torch.zeros((), device=device)
         for number, batch in enumerate(micro_batches, 1):
             inputs, targets = to_device(batch["inputs"], device), batch["labels"].to(device, non_blocking=True)
