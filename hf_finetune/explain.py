@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from hf_finetune.data.loaders import iterate_batches
@@ -19,7 +19,7 @@ from hf_finetune.optim import build_optimizer
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import Recipe
 from hf_finetune.report.tables import layer_table, phase_table, print_table, short_count
-from hf_finetune.setup import Setup, build_loaders, prepare
+from hf_finetune.setup import Setup, build_loaders, prepare, process_state
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.timeline import phase_end
 
@@ -30,7 +30,7 @@ def explain_recipe(recipe: Recipe, folder: Path) -> None:
     Raises:
         UserError: what training would raise for the same recipe.
     """
-    state = PartialState()
+    state = process_state()
     setup = prepare(recipe, world_size=state.num_processes, device=state.device)
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=mixed_precision(setup.recipe.training.precision))

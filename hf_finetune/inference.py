@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image, Value
 
@@ -29,6 +29,7 @@ from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import Recipe, load_recipe
 from hf_finetune.report.tables import print_table
 from hf_finetune.runfolder import load_run
+from hf_finetune.setup import process_state
 from hf_finetune.tasks import TASKS
 from hf_finetune.tasks.loss import probabilities
 from hf_finetune.tasks.metrics import default_metric
@@ -229,7 +230,7 @@ def _loader(rows: Dataset, trained: Trained, accelerator: Accelerator) -> Any:
 
 def _accelerator(recipe: Recipe) -> Accelerator:
     """Return an accelerator in the precision the model was measured in."""
-    PartialState()
+    process_state()
     AcceleratorState._reset_state()
     return Accelerator(mixed_precision=mixed_precision(recipe.training.precision))
 

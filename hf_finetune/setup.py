@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader
 
 from hf_finetune.augment.presets import resolve_augment
@@ -61,6 +62,13 @@ class Setup:
     def mixes(self) -> bool:
         """Whether samples are mixed in pairs."""
         return any(each.name in BATCH_AUGMENTATIONS for each in self.recipe.augment)  # type: ignore[union-attr]
+
+
+def process_state() -> PartialState:
+    """Return what this process knows of the others; several processes without an accelerator meet over gloo."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
+    return PartialState(cpu=cpu)
 
 
 def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -30,7 +30,7 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.record import Record, start_accelerator
 from hf_finetune.runfolder import Run, load_run
 from hf_finetune.schedule import ReduceOnPlateau
-from hf_finetune.setup import Setup, build_loaders, prepare
+from hf_finetune.setup import Setup, build_loaders, prepare, process_state
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.timeline import phase_end, rate_multiple
 
@@ -52,7 +52,7 @@ def finetune(recipe: Recipe, *, name: str = "recipe", quiet: bool = False) -> Ru
         Interrupted: SIGINT or SIGTERM; the run folder is usable.
     """
     started = time.monotonic()
-    state = PartialState()
+    state = process_state()
     setup = prepare(recipe, world_size=state.num_processes, device=state.device)
     record = Record.open(setup, state, name=name, started=started)
     accelerator = start_accelerator(setup, record)
