@@ -1,8 +1,10 @@
 """The anatomy of timm's and transformers' networks: the one place that knows model families.
 
-Every parameter gets a place: a block's number, or none. What has none lies in the stem when it is defined
-before the first block, else in the head, with one exception: a convolution above the last block (MobileNet's
-`conv_head`), and the normalisation after it, hold pretrained features and make a last block of their own.
+timm says where its blocks are; in a transformers model they are the list of layers that holds most
+parameters, and what surrounds the base model is the head. What has no place by this lies in the stem when it
+is defined before the first block, with the block that follows when it is defined between two, and else above
+the last: in the head. One exception: a convolution above the last block (MobileNet's `conv_head`), and the
+normalisation after it, hold pretrained features and make a last block of their own.
 """
 
 from __future__ import annotations
@@ -21,38 +23,33 @@ from hf_finetune.errors import ModelError
 from hf_finetune.models.anatomy import HEAD, Anatomy, Family, Parameter
 
 STEM = "stem"
-_FIRST = -1  # place of what is known to lie in the stem
-_TIMM_JOINS_PREVIOUS = (99999,)  # how timm's matchers say "with the group before": we let position decide
+Place = int | str
+"""A block's number, or `STEM`, or `HEAD`."""
 
-LAYER_LISTS: dict[str, tuple[str, ...]] = {
-    "albert": ("encoder.albert_layer_groups",),
-    "bart": ("encoder.layers", "decoder.layers"),
-    "beit": ("layers",),
-    "bert": ("encoder.layer",),
-    "convnext": ("encoder.stages",),
-    "deberta": ("encoder.layer",),
-    "deberta-v2": ("encoder.layer",),
-    "deit": ("layers",),
-    "dinov2": ("encoder.layer",),
-    "distilbert": ("transformer.layer",),
-    "electra": ("encoder.layer",),
-    "modernbert": ("layers",),
-    "resnet": ("encoder.stages",),
-    "roberta": ("encoder.layer",),
-    "swin": ("encoder.layers",),
-    "vit": ("layers",),
-}
-"""transformers' model type -> where its blocks are, under the base model. Others are read by structure."""
+_TIMM_JOINS_PREVIOUS = (99999,)  # how timm's matchers say "with the group before": here position decides
 
-EXCEPTIONS: dict[str, tuple[tuple[str, int], ...]] = {
+EXCEPTIONS: dict[str, tuple[tuple[str, Place], ...]] = {
     # One table of relative positions and one norm serve every layer; the convolution runs beside the first.
-    "deberta": ((r"encoder\.(rel_embeddings|LayerNorm)\.", _FIRST),),
-    "deberta-v2": ((r"encoder\.(rel_embeddings|LayerNorm)\.", _FIRST), (r"encoder\.conv\.", 0)),
-    "mpnet": ((r"encoder\.relative_attention_bias\.", _FIRST),),
+    "deberta": ((r"encoder\.(rel_embeddings|LayerNorm)\.", STEM),),
+    "deberta-v2": ((r"encoder\.(rel_embeddings|LayerNorm)\.", STEM), (r"encoder\.conv\.", 0)),
+    "mpnet": ((r"encoder\.relative_attention_bias\.", STEM),),
 }
 """transformers' model type -> (regex on the name under the base model, place) where order does not tell."""
 
-_TOKENS = ("cls_token", "mask_token", "distillation_token", "position_embeddings")
+TWIN_HEADS = (
+    ("cls_classifier", "distillation_classifier"),
+    ("classifier", "classifier_distill"),
+    ("head", "dist_head"),
+)
+"""Attributes of transformers' distilled models, whose logits are the mean of two output layers'."""
+
+UNDECAYED = (
+    "cls_token",
+    "mask_token",
+    "distillation_token",
+    "position_embeddings",
+    "relative_position_bias_table",
+)
 """Raw parameters of transformers' vision models that timm's `no_weight_decay` exempts under its own names."""
 
 
@@ -70,28 +67,24 @@ def transformers_anatomy(
     model: Any, outputs: Mapping[str, nn.Module], *, new: frozenset[str], text: bool
 ) -> Anatomy:
     """Return the anatomy of a transformers model: embeddings, the entries of its layer list, head."""
-    prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix or " ") else ""
-    base = getattr(model, prefix) if prefix else model
-    prefix = f"{prefix}." if prefix else ""
-    model_type = model.config.model_type
-    lists = LAYER_LISTS.get(model_type) or _find_layer_list(base)
-    places: dict[str, int] = {}
+    base = getattr(model, model.base_model_prefix or " ", None)
+    prefix = f"{model.base_model_prefix}." if base is not None else ""
+    # What surrounds the base model is the classification head, wherever the class defines it.
+    places: dict[str, Place] = {n: HEAD for n, _ in model.named_parameters() if not n.startswith(prefix)}
     count = 0
-    for path in lists:
-        for name, _ in model.named_parameters():
-            if match := re.match(rf"{re.escape(prefix + path)}\.(\d+)\.", name):
-                places[name] = count + int(match[1])
-        count = max(places.values(), default=-1) + 1
-    for pattern, place in EXCEPTIONS.get(model_type, ()):
-        for name, _ in model.named_parameters():
-            if re.match(re.escape(prefix) + pattern, name):
-                places[name] = place
+    for paths in _layer_lists(model if base is None else base):
+        pattern = re.compile(rf"{re.escape(prefix)}(?:{'|'.join(map(re.escape, paths))})\.(\d+)\.")
+        matches = [(name, match) for name, _ in model.named_parameters() if (match := pattern.match(name))]
+        places |= {name: count + int(match[1]) for name, match in matches}
+        count += len({match[1] for _, match in matches})
+    for regex, place in EXCEPTIONS.get(model.config.model_type, ()):
+        places |= {n: place for n, _ in model.named_parameters() if re.match(re.escape(prefix) + regex, n)}
     return _anatomy(
         model,
         places,
         outputs,
         new=new,
-        exempt=lambda name: name.endswith(_TOKENS),
+        exempt=lambda name: name.endswith(UNDECAYED),
         family="text" if text else None,
     )
 
@@ -104,9 +97,11 @@ def output_layers(where: str, model: Any, count: int) -> dict[str, nn.Module]:
     """
     if hasattr(model, "get_classifier"):
         heads = list(_heads(model.get_classifier()))
+    elif twins := [pair for pair in TWIN_HEADS if all(hasattr(model, name) for name in pair)]:
+        heads = [getattr(model, name) for name in twins[0]]
     else:
         base = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
-        inside = {id(module) for module in base.modules()} if base is not None else set()
+        inside = set() if base is None else {id(module) for module in base.modules()}
         heads = [nn.ModuleList(m for m in model.modules() if id(m) not in inside and not list(m.children()))]
     found = [layers[-1] for head in heads if (layers := [m for m in head.modules() if _width(m) == count])]
     names = {id(module): name for name, module in model.named_modules()}
@@ -151,21 +146,18 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, known) or ("Norm" in type(module).__name__ and all(p.ndim <= 1 for p in own))
 
 
-def _timm_places(model: Any, outputs: Mapping[str, nn.Module]) -> dict[str, int]:
+def _timm_places(model: Any, outputs: Mapping[str, nn.Module]) -> dict[str, Place]:
     if not hasattr(model, "group_matcher"):
-        (path,) = _find_layer_list(model)
-        return {
-            n: int(n[len(path) + 1 :].split(".")[0])
-            for n, _ in model.named_parameters()
-            if n.startswith(f"{path}.")
-        }
+        (paths,) = _layer_lists(model)
+        pattern = re.compile(rf"(?:{'|'.join(map(re.escape, paths))})\.(\d+)\.")
+        return {n: int(match[1]) for n, _ in model.named_parameters() if (match := pattern.match(n))}
     matcher = _matcher(model)
     if isinstance(matcher, dict):
         matcher = {key: _without_joins(entry) for key, entry in matcher.items()}
     ids: dict[str, int] = group_parameters(model, matcher, reverse=True)
     # What no pattern matches comes last, the output layer with it.
-    above = {ids[name] for name, _ in model.named_parameters() if name.rpartition(".")[0] in outputs}
-    return {name: number - 1 for name, number in ids.items() if number not in above}
+    above = {ids[name] for name in ids if name.rpartition(".")[0] in outputs}
+    return {name: number - 1 if number else STEM for name, number in ids.items() if number not in above}
 
 
 def _matcher(model: Any) -> Any:
@@ -181,25 +173,45 @@ def _without_joins(entry: Any) -> Any:
     return entry
 
 
-def _find_layer_list(base: nn.Module) -> tuple[str, ...]:
-    """Return the path of the outermost list of layers that holds most parameters; empty without one."""
+def _layer_lists(base: nn.Module) -> list[tuple[str, ...]]:
+    """Return the lists of layers from input to output: an encoder's, or an encoder's and a decoder's.
 
-    def outermost(module: nn.Module, path: str) -> Iterator[tuple[int, str]]:
+    Each is the outermost list that holds most parameters, with the lists of the same length beside it, which
+    run in step with it (XLM's `attentions` and `ffns`, PVT's `patch_embeddings` and `block`).
+    """
+    coders = [name for name in ("encoder", "decoder") if isinstance(getattr(base, name, None), nn.Module)]
+    if len(coders) == 2:
+        inner = [(name, paths) for name in coders for paths in _layer_lists(getattr(base, name))]
+        return [tuple(f"{name}.{path}" for path in paths) for name, paths in inner]
+
+    def outermost(module: nn.Module, path: str) -> Iterator[tuple[int, str, nn.Module]]:
         for name, child in module.named_children():
             inner = f"{path}.{name}" if path else name
-            layers = [layer for layer in child.children() if any(True for _ in layer.parameters())]
-            if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(layers) > 1:
-                yield sum(p.numel() for p in child.parameters()), inner
+            layers = sum(1 for layer in child.children() if any(True for _ in layer.parameters()))
+            if (isinstance(child, nn.ModuleList) and layers) or (
+                isinstance(child, nn.Sequential) and layers > 1
+            ):
+                yield sum(p.numel() for p in child.parameters()), inner, child
             else:
                 yield from outermost(child, inner)
 
-    found = max(outermost(base, ""), default=None)
-    return (found[1],) if found else ()
+    found = sorted(outermost(base, ""), key=lambda entry: entry[0], reverse=True)
+    if not found:
+        return []
+    _, path, layers = found[0]
+    around = path.rpartition(".")[0]
+    return [
+        tuple(
+            p
+            for _, p, m in found
+            if p.rpartition(".")[0] == around and len(list(m.children())) == len(list(layers.children()))
+        )
+    ]
 
 
 def _anatomy(
     model: nn.Module,
-    places: Mapping[str, int],
+    places: Mapping[str, Place],
     outputs: Mapping[str, nn.Module],
     *,
     new: frozenset[str],
@@ -211,15 +223,10 @@ def _anatomy(
         for path, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
     }
-    settled = _settle(model, places, outputs, owners)
-    numbers = sorted({place for place in settled.values() if isinstance(place, int) and place != _FIRST})
-    names: dict[int | str, str] = {
-        _FIRST: STEM,
-        HEAD: HEAD,
-        **{n: f"block.{i}" for i, n in enumerate(numbers)},
-    }
-    used = {names[place] for place in settled.values()}
-    groups = tuple(name for name in (STEM, *(names[n] for n in numbers), HEAD) if name in used)
+    settled = _join_lone_norms(_settle(model, places, outputs, owners), owners)
+    numbers = sorted({place for place in settled.values() if isinstance(place, int)})
+    names: dict[Place, str] = {number: f"block.{i}" for i, number in enumerate(numbers)}
+    names = {STEM: STEM} | names | {HEAD: HEAD}
     parameters = []
     for name, tensor in model.named_parameters():
         last = name.rpartition(".")[2]
@@ -236,54 +243,55 @@ def _anatomy(
                 is_new=name in new,
             )
         )
-    plain = Anatomy(family or "cnn", groups, tuple(parameters))
-    return plain if family else Anatomy(_vision_family(model, plain), groups, plain.parameters)
+    used = set(settled.values())
+    groups = tuple(group for place, group in names.items() if place in used)
+    return Anatomy(family or _vision_family(model, parameters), groups, tuple(parameters))
 
 
 def _settle(
     model: nn.Module,
-    places: Mapping[str, int],
+    places: Mapping[str, Place],
     outputs: Mapping[str, nn.Module],
     owners: Mapping[str, nn.Module],
-) -> dict[str, int | str]:
-    """Return parameter name -> block number, `_FIRST` for the stem, or `HEAD`."""
+) -> dict[str, Place]:
+    """Return the place of every parameter."""
     names = [name for name, _ in model.named_parameters()]
-    top = max(places.values(), default=_FIRST)
-    seen_block = False
+    in_blocks = [index for index, name in enumerate(names) if isinstance(places.get(name), int)]
+    above: Place = 1 + max((place for place in places.values() if isinstance(place, int)), default=-1)
+    settled: dict[str, Place] = {}
     after_conv = False
-    settled: dict[str, int | str] = {}
-    for name in names:
-        owner = owners[name]
+    for index, name in enumerate(names):
+        following = next((names[i] for i in in_blocks if i > index), None)
         if name.rpartition(".")[0] in outputs:
             settled[name] = HEAD
         elif name in places:
             settled[name] = places[name]
-            seen_block = seen_block or places[name] != _FIRST
-        elif not seen_block:
-            settled[name] = _FIRST
+        elif not in_blocks or index < in_blocks[0]:
+            settled[name] = STEM
+        elif following:
+            settled[name] = places[following]
         else:
-            after_conv = isinstance(owner, _ConvNd) or (after_conv and is_norm(owner))
-            settled[name] = top + 1 if after_conv else HEAD
-    return _join_lone_norms(settled, owners)
+            after_conv = isinstance(owners[name], _ConvNd) or (after_conv and is_norm(owners[name]))
+            settled[name] = above if after_conv else HEAD
+    return settled
 
 
-def _join_lone_norms(settled: dict[str, int | str], owners: Mapping[str, nn.Module]) -> dict[str, int | str]:
-    """Return the places with blocks that are nothing but a norm joined to the block before (VGG's)."""
-    numbers = sorted({place for place in settled.values() if isinstance(place, int)})
-    joined: dict[int | str, int | str] = {}
-    for before, number in zip([_FIRST, *numbers], numbers, strict=False):
-        lone = number != _FIRST and all(
-            is_norm(owners[name]) for name, place in settled.items() if place == number
-        )
-        joined[number] = joined.get(before, before) if lone else number
-    return {name: joined.get(place, place) for name, place in settled.items()}
+def _join_lone_norms(settled: Mapping[str, Place], owners: Mapping[str, nn.Module]) -> dict[str, Place]:
+    """Return the places with blocks that are nothing but a norm joined to what is before (VGG's)."""
+    joined: dict[Place, Place] = {STEM: STEM, HEAD: HEAD}
+    before: Place = STEM
+    for number in sorted({place for place in settled.values() if isinstance(place, int)}):
+        if not all(is_norm(owners[name]) for name, place in settled.items() if place == number):
+            before = number
+        joined[number] = before
+    return {name: joined[place] for name, place in settled.items()}
 
 
-def _vision_family(model: nn.Module, anatomy: Anatomy) -> Family:
-    """Return `vit` when at least half of the blocks attend, else `cnn` (ConvNeXt and hybrids included)."""
-    groups = {parameter.name: parameter.group for parameter in anatomy.parameters}
+def _vision_family(model: nn.Module, parameters: Iterable[Parameter]) -> Family:
+    """Return `vit` when at least half of the blocks attend, else `cnn` (ConvNeXt and most hybrids)."""
+    groups = {parameter.name: parameter.group for parameter in parameters}
     by_tensor = {id(tensor): groups[name] for name, tensor in model.named_parameters()}
-    blocks = {group for group in anatomy.groups if group.startswith("block.")}
+    blocks = {group for group in groups.values() if group.startswith("block.")}
     attending = {by_tensor[id(t)] for m in model.modules() if _attends(m) for t in islice(m.parameters(), 1)}
     return "vit" if blocks and len(attending & blocks) * 2 >= len(blocks) else "cnn"
 

@@ -35,7 +35,7 @@ __all__ = [
 
 
 def load_backbone(spec: BackboneSpec, labels: Labels, modality: Modality, *, seed: int) -> Backbone:
-    """Return the backbone a spec names, on the CPU in float32, with an output layer for `labels`.
+    """Return the backbone a spec names, with outputs for `labels`, on the CPU, in float32, in eval mode.
 
     What is newly initialised depends on `seed` alone; the global random state is left as it was.
 
@@ -48,7 +48,7 @@ def load_backbone(spec: BackboneSpec, labels: Labels, modality: Modality, *, see
             "you have read: set `backbone.revision` to a commit."
         )
     source = find_source(spec)
-    with _seeded(seed):
+    with seeded(seed):
         if source.library == "timm":
             return _load_timm(spec, source, labels, modality)
         return _load_transformers(spec, source, labels, modality)
@@ -84,7 +84,7 @@ def _load_timm(spec: BackboneSpec, source: Source, labels: Labels, modality: Mod
     anatomy = timm_anatomy(model, outputs, new=new)
     report = _report(spec, source, model, anatomy, loading)
     _start_outputs(spec, outputs, new)
-    return Backbone(model, "timm", anatomy, read, report, source.as_dict())
+    return Backbone(model.eval(), "timm", anatomy, read, report, source.as_dict())
 
 
 def _load_transformers(spec: BackboneSpec, source: Source, labels: Labels, modality: Modality) -> Backbone:
@@ -102,7 +102,7 @@ def _load_transformers(spec: BackboneSpec, source: Source, labels: Labels, modal
         for layer in outputs.values():
             load_transformers.renew(model, layer)
         loading.mismatched = [name for name in loading.mismatched if name not in inside]
-        loading.missing = sorted(inside.union(loading.missing))
+        loading.missing = [*loading.missing, *inside.difference(loading.missing)]
     processor = None
     read: ImageInput | TextInput
     if modality == "image":
@@ -114,8 +114,7 @@ def _load_transformers(spec: BackboneSpec, source: Source, labels: Labels, modal
     anatomy = transformers_anatomy(model, outputs, new=new, text=modality == "text")
     report = _report(spec, source, model, anatomy, loading)
     _start_outputs(spec, outputs, new)
-    model.eval()
-    return Backbone(model, "transformers", anatomy, read, report, source.as_dict(), processor)
+    return Backbone(model.eval(), "transformers", anatomy, read, report, source.as_dict(), processor)
 
 
 _OTHER_TASK = "Take a backbone for the task's kind of data, or the task for the backbone's."
@@ -142,9 +141,10 @@ def _report(
     def in_head(name: str) -> bool:
         return homes.get(name.rpartition(".")[0]) == HEAD
 
-    missing = tuple(name for name in loading.missing if not in_head(name))
-    mismatched = tuple(loading.mismatched)
-    new = tuple(name for name in loading.missing if in_head(name))
+    absent_anywhere = [name for name in tensors if name in {*loading.missing, *loading.mismatched}]
+    new = tuple(name for name in absent_anywhere if in_head(name) and name not in loading.mismatched)
+    mismatched = tuple(name for name in absent_anywhere if name in loading.mismatched)
+    missing = tuple(name for name in absent_anywhere if name not in {*new, *mismatched})
     absent = {*missing, *mismatched}
     backbone = [parameter for parameter in anatomy.parameters if parameter.group != HEAD]
     total = sum(parameter.size for parameter in backbone)
@@ -194,7 +194,7 @@ def _start_outputs(spec: BackboneSpec, outputs: Mapping[str, nn.Module], new: fr
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Draw from `seed` inside, on the CPU; the random state outside is untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -25,8 +25,12 @@ from hf_finetune.models.source import Source
 from hf_finetune.models.spec import BackboneSpec
 
 _AUTO: dict[str, Any] = {"image": AutoModelForImageClassification, "text": AutoModelForSequenceClassification}
-_DECIDED = ("num_labels", "id2label", "label2id", "problem_type")
-_LOADING_OPTIONS = ("attn_implementation", "dtype")
+_REFUSED = {
+    **dict.fromkeys(("num_labels", "id2label", "label2id", "problem_type"), "the data's labels decide"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "`training.precision` decides"),
+}
+"""Constructor option -> what settles it instead."""
+_LOADING_OPTIONS = ("attn_implementation",)
 
 
 def build(
@@ -44,53 +48,36 @@ def build(
     auto = _AUTO[modality]
     remote = spec.trust_remote_code and auto.__name__ in (getattr(config, "auto_map", None) or {})
     if type(config) not in auto._model_mapping and not remote:
-        task = f"{modality} classification"
         raise ModelError(
-            f"{where}: transformers has no {task} model of type '{source.architecture}'. "
-            "Take another backbone"
-            + (", or set `trust_remote_code: true`." if source.config.get("auto_map") else ".")
+            f"{where}: transformers has no {modality} classification model of type '{source.architecture}'. "
+            f"Take another backbone.{_remote_hint(source)}"
         )
-    options = {"dtype": torch.float32} | {k: v for k, v in spec.options.items() if k in _LOADING_OPTIONS}
+    options = {key: value for key, value in spec.options.items() if key in _LOADING_OPTIONS}
+    # Weights are kept in float32 whatever the checkpoint's type: lower precision is the loop's matter.
+    options |= {"dtype": torch.float32, "trust_remote_code": spec.trust_remote_code}
     loading = Loading()
     try:
-        with _quiet():
+        with quiet():
             if not spec.pretrained:
-                return (
-                    auto.from_config(config, trust_remote_code=spec.trust_remote_code, **options),
-                    loading,
-                    False,
-                )
+                return auto.from_config(config, **options), loading, False
             model, info = auto.from_pretrained(
                 source.folder,
                 config=config,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 use_safetensors=True,
-                trust_remote_code=spec.trust_remote_code,
                 **options,
             )
     except SafetensorError as error:
-        raise ModelError(
-            f"{where}: its weights cannot be read ({error}). Fetch or save them again."
-        ) from None
-    except (
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        RuntimeError,
-        OSError,
-        ImportError,
-        AssertionError,
-    ) as error:
+        raise ModelError(f"{where}: its weights cannot be read ({error}). Save them again.") from None
+    # The constructors of hundreds of architectures fail in as many ways; options are why they do.
+    except Exception as error:
         given = f" with options {spec.options}" if spec.options else ""
         raise ModelError(
-            f"{where}: transformers cannot build '{source.architecture}'{given}: {error}"
-        ) from None
-    loading.missing = sorted(info["missing_keys"])
-    loading.mismatched = sorted(
-        each[0] if isinstance(each, tuple) else each for each in info["mismatched_keys"]
-    )
+            f"{where}: transformers cannot build '{source.architecture}'{given}: {_said(error)}"
+        ) from error
+    loading.missing = list(info["missing_keys"])
+    loading.mismatched = [each[0] if isinstance(each, tuple) else each for each in info["mismatched_keys"]]
     loading.unexpected = sorted(info["unexpected_keys"])
     return model, loading, keeps_outputs
 
@@ -107,46 +94,14 @@ def save(model: Any, beside: Any, folder: Path, labels: Labels) -> None:
     """Write model, config and what is `beside` it (tokenizer or image processor) with `save_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
     _describe(model.config, labels)
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder)
     beside.save_pretrained(folder)
 
 
-def _config(where: str, spec: BackboneSpec, source: Source, labels: Labels) -> tuple[Any, bool]:
-    decided = [key for key in _DECIDED if key in spec.options]
-    if decided:
-        raise ModelError(
-            f"{where}: options.{decided[0]} is given, but the data's labels decide it. Remove it."
-        )
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=spec.trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelError(f"{where}: transformers cannot read its config.json: {str(error).strip()}") from None
-    for key, value in spec.options.items():
-        if key in _LOADING_OPTIONS:
-            continue
-        if not hasattr(config, key):
-            known = [*config.to_dict(), *_LOADING_OPTIONS]
-            raise ModelError(
-                f"{where}: options.{key}: '{source.architecture}' has no such setting."
-                f"{did_you_mean(key, known)}"
-            )
-        setattr(config, key, value)
-    stored = tuple(config.id2label[i] for i in sorted(config.id2label)) if config.id2label else None
-    keeps_outputs = "id2label" in source.config and stored == labels.names
-    _describe(config, labels)
-    return config, keeps_outputs
-
-
-def _describe(config: Any, labels: Labels) -> None:
-    config.id2label = labels.id2label()
-    config.label2id = labels.label2id()
-    config.problem_type = PROBLEM_TYPES[labels.kind]
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence progress bars and the library's own loading report: ours says the same."""
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and loading report inside: our report says the same."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -156,3 +111,53 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _config(where: str, spec: BackboneSpec, source: Source, labels: Labels) -> tuple[Any, bool]:
+    """Return the config with the recipe's options and the data's labels, and whether it had these labels."""
+    for key, decider in _REFUSED.items():
+        if key in spec.options:
+            raise ModelError(f"{where}: options.{key} is given, but {decider}. Remove it.")
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=spec.trust_remote_code)
+    except Exception as error:
+        raise ModelError(
+            f"{where}: transformers cannot read its config.json: {_said(error)}{_remote_hint(source)}"
+        ) from error
+    for key, value in spec.options.items():
+        if key in _LOADING_OPTIONS:
+            continue
+        if not hasattr(config, key):
+            known = [*config.to_dict(), *_LOADING_OPTIONS]
+            raise ModelError(
+                f"{where}: options.{key}: '{source.architecture}' has no such setting."
+                f"{did_you_mean(key, known)}"
+            )
+        try:
+            setattr(config, key, value)
+        except Exception as error:
+            raise ModelError(f"{where}: options.{key}: {value!r} does not do. {_said(error)}") from error
+    stored = tuple(config.id2label[index] for index in sorted(config.id2label or {}))
+    _describe(config, labels)
+    return config, "id2label" in source.config and stored == labels.names
+
+
+def _describe(config: Any, labels: Labels) -> None:
+    config.id2label = labels.id2label()
+    config.label2id = labels.label2id()
+    config.problem_type = PROBLEM_TYPES[labels.kind]
+
+
+def _remote_hint(source: Source) -> str:
+    if not source.config.get("auto_map"):
+        return ""
+    return " It brings code of its own: read it, then set `backbone.trust_remote_code: true` and `revision`."
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (
+        f"{' '.join(line.strip() for line in lines[:3]).rstrip('.')}."
+        if lines
+        else f"{type(error).__name__}."
+    )

@@ -143,6 +143,11 @@ def _near_folder(path: Path) -> str:
 
 def _from_folder(spec: BackboneSpec, folder: Path, *, hub_id: str | None = None) -> Source:
     where = f"backbone '{spec.id}'"
+    if spec.revision and not hub_id:
+        raise ModelError(
+            f"{where}: `revision` is '{spec.revision}', but a folder has no revisions, only a Hub id has. "
+            "Remove it."
+        )
     config = _read_config(where, folder)
     if "architecture" in config:
         library, architecture = "timm", str(config["architecture"])
