@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from hf_finetune.errors import FinetuneError, Interrupted, UserError, did_you_mean
+
+# typer carries its own copy of click or uses click itself, by version; the base of its usage errors is this class.
+_ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 app = typer.Typer(
     name="hf-finetune",
@@ -152,10 +154,10 @@ def main(arguments: list[str] | None = None, *, command: Any = None) -> None:
         _leave(error, error.exit_code, silent=_rank() > 0)
     except FinetuneError as error:
         _leave(error, error.exit_code)
-    except click.ClickException as error:
+    except _ClickException as error:
         error.show()
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _leave("interrupted", Interrupted.exit_code)
 
 

@@ -18,7 +18,7 @@ from hf_finetune.models.load import forward, module_groups
 from hf_finetune.optim import build_optimizer
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import Recipe
-from hf_finetune.report.tables import layer_table, phase_table, print_table, short_count
+from hf_finetune.report.tables import Table, layer_table, phase_table, print_table, short_count
 from hf_finetune.setup import Setup, build_loaders, prepare, process_state
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.timeline import phase_end
@@ -36,11 +36,12 @@ def explain_recipe(recipe: Recipe, folder: Path) -> None:
     accelerator = Accelerator(mixed_precision=mixed_precision(setup.recipe.training.precision))
     _print_data(setup)
     _print_weights(setup)
-    print_table("Chosen for you (auto)", ["key", "value", "why"], [[c.key, str(c.value), c.why] for c in setup.choices])
+    choices = [[choice.key, str(choice.value), choice.why] for choice in setup.choices]
+    _show(Table("Chosen for you (auto)", ["key", "value", "why"], choices))
     lr = float(setup.recipe.optimizer.lr)
     steps = _phase_steps(setup)
-    print_table(*layer_table(setup.plans, setup.backbone.anatomy, lr))
-    print_table(*phase_table(setup.plans, setup.backbone.anatomy, lr, steps))
+    _show(layer_table(setup.plans, setup.backbone.anatomy, lr))
+    _show(phase_table(setup.plans, setup.backbone.anatomy, lr, steps))
     for note in setup.notes:
         _say(f"note: {note}")
     _say(
@@ -58,7 +59,7 @@ def _print_data(setup: Setup) -> None:
         [role, count, setup.splits.report.skipped.get(role, 0), _counts(report.class_counts.get(role, {}))]
         for role, count in report.rows.items()
     ]
-    print_table(f"Data: {report.source}", ["split", "rows", "skipped", f"{labels.kind} labels"], rows)
+    _show(Table(f"Data: {report.source}", ["split", "rows", "skipped", f"{labels.kind} labels"], rows))
     for note in report.notes:
         _say(f"note: {note}")
     for warning in report.warnings:
@@ -79,11 +80,11 @@ def _print_weights(setup: Setup) -> None:
         ["mismatched", len(report.mismatched), _names(report.mismatched)],
         ["unused", len(report.unexpected), _names(report.unexpected)],
     ]
-    print_table(
-        f"Weights: {setup.recipe.backbone.id}", ["tensors", "count", "names"], rows,
+    note = (
         f"{100 * report.share:.4g} % of the backbone loaded; {backbone.library} "
-        f"{backbone.source.get('architecture')}, family {backbone.anatomy.family}",
-    )  # fmt: skip
+        f"{backbone.source.get('architecture')}, family {backbone.anatomy.family}"
+    )
+    _show(Table(f"Weights: {setup.recipe.backbone.id}", ["tensors", "count", "names"], rows, note))
 
 
 def _names(names: tuple[str, ...]) -> str:
@@ -106,7 +107,7 @@ def _print_cost(setup: Setup, accelerator: Accelerator, steps: list[int]) -> Non
     model = setup.backbone.model.to(device)
     loader, validation = build_loaders(setup, accelerator)
     began = time.monotonic()
-    _, micro_batches = next(iterate_batches(loader, 0))
+    micro_batches = next(iterate_batches(loader, 0))
     loading = time.monotonic() - began
     scope, homes = FreezeScope(model), module_groups(model, setup.backbone.anatomy)
     optimizer = build_optimizer(recipe.optimizer, setup.groups, dict(model.named_parameters()))
@@ -129,7 +130,7 @@ def _print_cost(setup: Setup, accelerator: Accelerator, steps: list[int]) -> Non
             seconds.append(time.monotonic() - began)
         training += min(seconds) * count
         rows.append([number, plan.name, f"{min(seconds):.3g} s", f"{min(seconds) * count:.3g} s", f"{_peak_gb(device):.3g} GB"])
-    print_table("Cost on this machine", ["phase", "trains", "per step", "in all", "peak memory so far"], rows)
+    _show(Table("Cost on this machine", ["phase", "trains", "per step", "in all", "peak memory so far"], rows))
     first = [next(iter(validation))]
     evaluate(model, first, labels, [], accelerator)
     began = time.monotonic()
@@ -158,6 +159,11 @@ def _draw_augmentation(setup: Setup, folder: Path) -> Path:
     path = folder / "augment.png"
     save_augment_grid(setup, path)
     return path
+
+
+def _show(table: Table) -> None:
+    print_table(*table)
+    _say("")
 
 
 def _say(text: str) -> None:
