@@ -17,7 +17,9 @@ class PatienceSpec(Spec):
     """How many evaluations without an improvement of at least `min_delta` are too many."""
 
     patience: Annotated[int, Field(ge=1)] = 3
+    """Evaluations in a row."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """What is no larger does not count as an improvement."""
 
 
 class MonitorSpec(Spec):
@@ -30,7 +32,9 @@ class MonitorSpec(Spec):
     metrics: list[str] = []
     """Further metrics to report."""
     evaluate: DurationField = Duration(1, "epochs")
+    """Time between two evaluations; the run always ends with one."""
     early_stopping: PatienceSpec | None = None
+    """End the run when the metric stops improving; the count starts again with each phase."""
 
 
 @dataclass

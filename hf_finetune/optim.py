@@ -37,6 +37,7 @@ class OptimizerSpec(Spec):
     weight_decay: Annotated[float, Field(ge=0)] | Auto = "auto"
     """Not applied to biases and normalisation layers."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of optimizers that have one (sgd, lion, muon …); Adam's are `options: {betas: […]}`."""
     options: dict[str, Any] = {}
     """Passed to the optimizer's constructor (`betas`, `eps`, …)."""
 

@@ -46,6 +46,7 @@ class Linear(ScheduleSpec):
 
     name: Literal["linear"] = "linear"
     floor: Share = 0.0
+    """Last multiple of the rate."""
 
     def multiple(self, progress: float) -> float:
         return self.floor + (1 - self.floor) * (1 - progress)
@@ -56,6 +57,7 @@ class Cosine(ScheduleSpec):
 
     name: Literal["cosine"] = "cosine"
     floor: Share = 0.0
+    """Last multiple of the rate."""
 
     def multiple(self, progress: float) -> float:
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -66,10 +68,13 @@ class CosineRestarts(ScheduleSpec):
 
     name: Literal["cosine_restarts"] = "cosine_restarts"
     cycles: Annotated[int, Field(ge=1)] = 3
+    """Number of cycles."""
     stretch: Annotated[float, Field(gt=0)] = 1.0
+    """Length of each cycle as a multiple of the one before."""
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Peak of each cycle as a multiple of the one before."""
     floor: Share = 0.0
+    """Last multiple of the rate."""
 
     def multiple(self, progress: float) -> float:
         lengths = [self.stretch**cycle for cycle in range(self.cycles)]
@@ -89,7 +94,9 @@ class Polynomial(ScheduleSpec):
 
     name: Literal["polynomial"] = "polynomial"
     power: Annotated[float, Field(gt=0)] = 2.0
+    """1 is a straight line; the larger, the earlier the fall."""
     floor: Share = 0.0
+    """Last multiple of the rate."""
 
     def multiple(self, progress: float) -> float:
         return self.floor + (1 - self.floor) * (1 - progress) ** self.power
@@ -133,7 +140,9 @@ class WarmupStableDecay(ScheduleSpec):
 
     name: Literal["warmup_stable_decay"] = "warmup_stable_decay"
     decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the span spent falling."""
     floor: Share = 0.0
+    """Last multiple of the rate."""
 
     def multiple(self, progress: float) -> float:
         return self.floor + (1 - self.floor) * min(1.0, (1 - progress) / self.decay)
@@ -144,9 +153,11 @@ class ReduceOnPlateau(ScheduleSpec):
 
     name: Literal["reduce_on_plateau"] = "reduce_on_plateau"
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """What the rate is multiplied by."""
     patience: Annotated[int, Field(ge=1)] = 2
     """Evaluations without improvement."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """What is no larger does not count as an improvement."""
     floor: Share = 0.0
     """The rate never falls below this multiple of its start."""
 

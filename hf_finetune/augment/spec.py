@@ -24,7 +24,9 @@ class RandomResizedCrop(AugmentationSpec):
 
     name: Literal["random_resized_crop"] = "random_resized_crop"
     scale: Pair = [0.5, 1.0]
+    """Least and largest share of the image's area."""
     ratio: Pair = [0.75, 4 / 3]
+    """Least and largest width over height."""
 
 
 class RandomCrop(AugmentationSpec):
@@ -40,6 +42,7 @@ class HorizontalFlip(AugmentationSpec):
 
     name: Literal["horizontal_flip"] = "horizontal_flip"
     p: Probability = 0.5
+    """Probability of each image."""
 
 
 class VerticalFlip(AugmentationSpec):
@@ -47,6 +50,7 @@ class VerticalFlip(AugmentationSpec):
 
     name: Literal["vertical_flip"] = "vertical_flip"
     p: Probability = 0.5
+    """Probability of each image."""
 
 
 class Rotation(AugmentationSpec):
@@ -54,6 +58,7 @@ class Rotation(AugmentationSpec):
 
     name: Literal["rotation"] = "rotation"
     degrees: Annotated[float, Field(gt=0, le=180)] = 15.0
+    """Largest angle either way."""
 
 
 class ColorJitter(AugmentationSpec):
@@ -61,9 +66,13 @@ class ColorJitter(AugmentationSpec):
 
     name: Literal["color_jitter"] = "color_jitter"
     brightness: Annotated[float, Field(ge=0)] = 0.2
+    """The factor is drawn from 1 - x to 1 + x, as for the next two."""
     contrast: Annotated[float, Field(ge=0)] = 0.2
+    """As brightness."""
     saturation: Annotated[float, Field(ge=0)] = 0.2
+    """As brightness."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Largest turn of the colour circle either way, as a share of it."""
 
 
 class RandAugment(AugmentationSpec):
@@ -71,7 +80,9 @@ class RandAugment(AugmentationSpec):
 
     name: Literal["rand_augment"] = "rand_augment"
     num_ops: Annotated[int, Field(ge=1)] = 2
+    """Operations one after the other."""
     magnitude: Annotated[int, Field(ge=0, le=30)] = 7
+    """Their strength, on a scale of 30."""
 
 
 class TrivialAugment(AugmentationSpec):
@@ -85,7 +96,9 @@ class RandomErasing(AugmentationSpec):
 
     name: Literal["random_erasing"] = "random_erasing"
     p: Probability = 0.25
+    """Probability of each image."""
     scale: Pair = [0.02, 0.33]
+    """Least and largest share of the area erased."""
 
 
 class Mixup(AugmentationSpec):
@@ -93,7 +106,9 @@ class Mixup(AugmentationSpec):
 
     name: Literal["mixup"] = "mixup"
     alpha: Annotated[float, Field(gt=0)] = 0.2
+    """The share of the other sample is drawn from Beta(alpha, alpha)."""
     p: Probability = 1.0
+    """Probability of each pair."""
 
 
 class Cutmix(AugmentationSpec):
@@ -101,7 +116,9 @@ class Cutmix(AugmentationSpec):
 
     name: Literal["cutmix"] = "cutmix"
     alpha: Annotated[float, Field(gt=0)] = 1.0
+    """The share of the other sample is drawn from Beta(alpha, alpha)."""
     p: Probability = 1.0
+    """Probability of each pair."""
 
 
 class WordDropout(AugmentationSpec):
@@ -109,6 +126,7 @@ class WordDropout(AugmentationSpec):
 
     name: Literal["word_dropout"] = "word_dropout"
     p: Probability = 0.1
+    """Probability of each word."""
 
 
 class WordSwap(AugmentationSpec):
@@ -116,6 +134,7 @@ class WordSwap(AugmentationSpec):
 
     name: Literal["word_swap"] = "word_swap"
     share: Probability = 0.1
+    """Share of the words that move."""
 
 
 IMAGE_AUGMENTATIONS: dict[str, type[AugmentationSpec]] = {

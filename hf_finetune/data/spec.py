@@ -16,9 +16,11 @@ class ColumnsSpec(Spec):
     """Which columns of the table hold what."""
 
     image: str = "image"
+    """The images: files, paths, or what `datasets` decodes."""
     text: str | Annotated[list[str], Field(min_length=1, max_length=2)] = "text"
     """One column, or a list of two for sentence pairs."""
     label: str = "label"
+    """Class names or numbers; a list of them for multi-label, a number for regression."""
 
 
 class DataSpec(Spec):
@@ -29,13 +31,17 @@ class DataSpec(Spec):
     config: str | None = None
     """Configuration name of a Hub data set."""
     revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
     train: str = "train"
     """Split name, slice (`train[:90%]`) or file name."""
     validation: Auto | Fraction | str = "auto"
     """Split name or slice, a fraction of train, or auto: the set's own validation split, else 0.2 of train."""
     test: str | None = None
+    """Split name, slice or file name; measured by `evaluate … split=test` only."""
     columns: ColumnsSpec = ColumnsSpec()
+    """What the columns are called."""
     labels: LabelKind = "single"
+    """One class per row, any number of classes per row, or a value."""
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
     """`balanced` weighs a class by the inverse of its frequency in train; a mapping gives weights by label name."""
     max_samples: Annotated[int, Field(ge=1)] | None = None

@@ -21,6 +21,7 @@ class Discriminative(StrategySpec):
     layer_decay: Annotated[float, Field(gt=0, le=1)] | Auto | None = None
     """Each layer group runs at this multiple of the one above it."""
     batch_norm: BatchNorm = "auto"
+    """BatchNorm layers: `frozen`, `adapt` or `train`, as in a phase; auto = by the number of training samples."""
 
     @model_validator(mode="after")
     def _one_way_to_rate_layers(self) -> Discriminative:

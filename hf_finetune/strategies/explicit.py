@@ -12,10 +12,11 @@ from hf_finetune.strategies.phase import Phase
 
 
 class Explicit(StrategySpec):
-    """`strategy: {phases: […]}`."""
+    """Phases of your own: `strategy: {phases: […]}`, with no name."""
 
     name: Literal["phases"] = "phases"
     phases: Annotated[list[Phase], Field(min_length=1)]
+    """One after the other; the last one lasts to the end of the run."""
 
     def to_phases(self, anatomy: Anatomy) -> list[Phase]:
         return self.phases

@@ -14,6 +14,7 @@ class Full(StrategySpec):
 
     name: Literal["full"] = "full"
     batch_norm: BatchNorm = "auto"
+    """BatchNorm layers: `frozen`, `adapt` or `train`, as in a phase; auto = by the number of training samples."""
 
     def to_phases(self, anatomy: Anatomy) -> list[Phase]:
         return [Phase(train="all", batch_norm=self.batch_norm)]

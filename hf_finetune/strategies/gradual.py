@@ -18,6 +18,7 @@ class Gradual(StrategySpec):
 
     name: Literal["gradual"] = "gradual"
     every: Literal["plateau"] | DurationField = Duration(1, "epochs")
+    """When the next group wakes: after this long, or when the monitored metric stops improving."""
     patience: Annotated[int, Field(ge=1)] = 1
     """With `every: plateau`, the evaluations without improvement that unfreeze the next group."""
     groups: Annotated[int, Field(ge=1)] = 1
@@ -27,6 +28,7 @@ class Gradual(StrategySpec):
     decay: Annotated[float, Field(ge=1)] | None = None
     """Instead of one backbone rate: each layer group runs at 1/decay of the one above it (ULMFiT: 2.6)."""
     batch_norm: BatchNorm = "auto"
+    """BatchNorm layers: `frozen`, `adapt` or `train`, as in a phase; auto = by the number of training samples."""
 
     def to_phases(self, anatomy: Anatomy) -> list[Phase]:
         depth = len(anatomy.groups)

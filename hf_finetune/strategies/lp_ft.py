@@ -19,6 +19,7 @@ class LpFt(StrategySpec):
     full_lr: RateField | Auto = "auto"
     """Rate of all layers afterwards."""
     batch_norm: BatchNorm = "auto"
+    """BatchNorm layers: `frozen`, `adapt` or `train`, as in a phase; auto = by the number of training samples."""
     schedule_scope: ClassVar[Literal["run", "phase"]] = "phase"
 
     def to_phases(self, anatomy: Anatomy) -> list[Phase]:

@@ -28,6 +28,7 @@ class MatchSpec(Spec):
     """Parameters whose qualified name the regular expression finds."""
 
     match: str
+    """A regular expression; the parameters' names are those of `model.named_parameters()`."""
 
     @field_validator("match")
     @classmethod
@@ -49,6 +50,7 @@ class PlateauSpec(Spec):
     """The end of a phase when the monitored metric stops improving."""
 
     plateau: PatienceSpec
+    """How long to wait for an improvement."""
 
 
 class Phase(Spec):
@@ -60,7 +62,10 @@ class Phase(Spec):
     for_: DurationField | None = Field(None, alias="for")
     """How long; with `until`, at most how long. Phases without either share what is left of the run."""
     until: Literal["plateau"] | PlateauSpec | None = None
+    """End at a plateau of the monitored metric: `plateau` (two evaluations without improvement) or
+    `{plateau: {patience: 4}}`."""
     lr: RateField = Rate(1.0, relative=True)
+    """Rate of the head, and of all layers unless one of the next two keys says otherwise."""
     backbone_lr: RateField | None = None
     """Rate of everything but the head."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None

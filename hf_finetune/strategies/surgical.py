@@ -19,7 +19,9 @@ class Surgical(StrategySpec):
     block: str = "first"
     """`first`, `middle` or `last` third of the backbone's layer groups, or one of them by name (`block.2`)."""
     backbone_lr: RateField | Auto = "auto"
+    """Rate of the chosen layers; the head runs at the base rate."""
     batch_norm: BatchNorm = "auto"
+    """BatchNorm layers: `frozen`, `adapt` or `train`, as in a phase; auto = by the number of training samples."""
 
     @field_validator("block")
     @classmethod
