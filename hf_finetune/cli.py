@@ -75,8 +75,8 @@ def recipes(
     shipped = shipped_recipes()
     if action is None:
         width = max(map(len, shipped))
-        for each, (_, purpose) in shipped.items():
-            typer.echo(f"{each:<{width}}  {purpose}")
+        for each, found in shipped.items():
+            typer.echo(f"{each:<{width}}  {found.purpose}")
         return
     if action != "copy" or name is None:
         raise UserError("recipes: write `hf-finetune recipes` for the list or `hf-finetune recipes copy NAME`.")
@@ -87,7 +87,7 @@ def recipes(
         raise UserError(f"{target}: exists already. Remove it, or choose another folder with --to.")
     # The base comes along as a shipped name, so the copy stands alone in any folder.
     to.mkdir(parents=True, exist_ok=True)
-    target.write_text(shipped[name][0].read_text(encoding="utf-8").replace("extends: base.yaml", "extends: base"),
+    target.write_text(shipped[name].path.read_text(encoding="utf-8").replace("extends: base.yaml", "extends: base"),
                       encoding="utf-8")  # fmt: skip
     typer.echo(f"{target}")
 

@@ -48,8 +48,9 @@ class Patience:
     waited: int = 0
 
     def exhausted_by(self, value: float) -> bool:
-        """Take in one value; return whether `patience` values in a row brought no improvement."""
-        if self.best is None or is_better(value, self.best, self.mode, self.min_delta):
+        """Take in one value; return whether `patience` values in a row brought no improvement (NaN brings none)."""
+        better = self.best is None or is_better(value, self.best, self.mode, self.min_delta)
+        if better and not math.isnan(value):
             self.best, self.waited = value, 0
         else:
             self.waited += 1

@@ -100,6 +100,8 @@ def build_optimizer(
     options: dict[str, Any] = dict(spec.options)
     if spec.name in _FUSED:
         options.setdefault("fused", True)
+    if spec.name == "sgd" and not spec.momentum:
+        options.setdefault("nesterov", False)  # timm's default, which needs a momentum
     torch_groups = [
         {
             "params": [parameters[name] for name in group.parameters],

@@ -181,7 +181,7 @@ SCHEDULES: dict[str, type[ScheduleSpec]] = {
 def multiple_at(schedule: ScheduleSpec, step: int, *, span_steps: int, warmup_steps: int) -> float:
     """Return the multiple of the rate for optimizer step `step` (from 0) of a span of `span_steps`.
 
-    The warmup rises in equal parts so that its last step runs at the full rate; the curve covers the steps that
+    The warmup rises in equal parts, and the step after it is the first at the full rate; the curve covers the steps that
     remain, and its end lies on the last step's far side: no step is spent at a rate of zero.
     """
     if step < warmup_steps:

@@ -136,7 +136,8 @@ def plan_phases(phases: list[Phase], anatomy: Anatomy, base_lr: float) -> tuple[
             raise RecipeError(f"strategy: phase {number} trains nothing: every rate in it is 0. Give `lr` a value above 0.")
         batch_norm = "frozen" if phase.batch_norm == "auto" else phase.batch_norm
         plans.append(PhasePlan(_name(phase), multiples, batch_norm, phase.for_, phase.patience))
-    untrained = [p.name for p in anatomy.parameters if p.is_new and p.group == HEAD]
+    # Its bias alone, which `biases` selects, could learn no more than how frequent the classes are.
+    untrained = [p.name for p in anatomy.parameters if p.is_new and p.group == HEAD and len(p.shape) > 1]
     if untrained and not any(name in plan.multiples for name in untrained for plan in plans):
         raise RecipeError(
             f"strategy: the output layer ({untrained[0]}) is new and no phase trains it, so the model could not learn. "

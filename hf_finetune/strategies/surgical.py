@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import field_validator
@@ -26,7 +27,7 @@ class Surgical(StrategySpec):
     @field_validator("block")
     @classmethod
     def _known_block(cls, value: str) -> str:
-        if value in {"first", "middle", "last", "stem"} or value.startswith("block."):
+        if value in {"first", "middle", "last", "stem"} or re.fullmatch(r"block\.\d+", value):
             return value
         raise ValueError("choose first, middle, last, stem or block.N")
 
