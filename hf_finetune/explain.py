@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.utils.data import DataLoader
 
+from hf_finetune.augment.grid import save_augment_grid
 from hf_finetune.data.loaders import iterate_batches
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.freeze import FreezeScope
@@ -48,8 +50,11 @@ def explain_recipe(recipe: Recipe, folder: Path) -> None:
         f"{short_count(setup.trainable_size)} of {short_count(setup.total_size)} parameters train "
         f"({100 * setup.trainable_size / setup.total_size:.3g} %)"
     )
-    _print_cost(setup, accelerator, steps)
-    path = _draw_augmentation(setup, folder)
+    loader, validation = build_loaders(setup, accelerator)
+    _print_cost(setup, accelerator, steps, loader, validation)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "augment.png"
+    save_augment_grid(loader.dataset, path)
     _say(f"what the model receives: {path}")
 
 
@@ -101,11 +106,12 @@ def _phase_steps(setup: Setup) -> list[int]:
     return steps
 
 
-def _print_cost(setup: Setup, accelerator: Accelerator, steps: list[int]) -> None:
+def _print_cost(
+    setup: Setup, accelerator: Accelerator, steps: list[int], loader: DataLoader, validation: DataLoader
+) -> None:
     """Time one optimizer step of each phase on a real batch, and one evaluation batch; print what the run will take."""
     recipe, device, labels = setup.recipe, accelerator.device, setup.splits.labels
     model = setup.backbone.model.to(device)
-    loader, validation = build_loaders(setup, accelerator)
     began = time.monotonic()
     micro_batches = next(iterate_batches(loader, 0))
     loading = time.monotonic() - began
@@ -150,15 +156,6 @@ def _peak_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def _draw_augmentation(setup: Setup, folder: Path) -> Path:
-    from hf_finetune.augment.grid import save_augment_grid
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "augment.png"
-    save_augment_grid(setup, path)
-    return path
 
 
 def _show(table: Table) -> None:
