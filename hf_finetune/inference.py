@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,10 +18,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image, Value
 
+from hf_finetune.data.checks import read_image
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.loaders import EvalSet, eval_loader
 from hf_finetune.data.spec import DataSpec
-from hf_finetune.data.checks import read_image
 from hf_finetune.data.splits import load_split, load_splits
 from hf_finetune.errors import ModelError, UserError, did_you_mean
 from hf_finetune.evaluation import Evaluation, evaluate, to_device
@@ -35,6 +38,7 @@ from hf_finetune.tasks.loss import probabilities
 from hf_finetune.tasks.metrics import default_metric
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+TEXT_SUFFIXES = (".txt", ".csv", ".jsonl")
 FORMATS = ("table", "csv", "jsonl")
 BATCH_SIZE = 32
 
@@ -199,8 +203,7 @@ def _text_rows(inputs: Sequence[str], trained: Trained) -> tuple[list[str], Data
     for given in inputs:
         path = Path(given)
         if path.suffix in {".csv", ".jsonl"} and path.is_file():
-            with path.open(encoding="utf-8", newline="") as file:
-                records = list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
+            records = _records(path)
             missing = [name for name in wanted if records and name not in records[0]]
             if missing:
                 raise UserError(
@@ -209,7 +212,11 @@ def _text_rows(inputs: Sequence[str], trained: Trained) -> tuple[list[str], Data
                 )
             texts += [[str(record[name]) for name in wanted] for record in records]
         elif path.suffix == ".txt" and path.is_file():
-            texts += [[line] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            texts += [[line] for line in _read_text(path).splitlines() if line.strip()]
+        elif os.path.isfile(given) or (path.suffix in TEXT_SUFFIXES and not re.search(r"\s", given)):
+            # A file's name is no text to classify: it was meant to be read.
+            what = "is not a file predict reads" if os.path.isfile(given) else "there is no such file"
+            raise UserError(f"predict: {given}: {what}. Give texts, or files that end in {', '.join(TEXT_SUFFIXES)}.")
         else:
             texts.append([given])
     if len(wanted) == 2 and any(len(text) == 1 for text in texts):
@@ -219,6 +226,32 @@ def _text_rows(inputs: Sequence[str], trained: Trained) -> tuple[list[str], Data
     data = {name: [text[i] for text in texts] for i, name in enumerate(("text", "text_pair")[: len(wanted)])}
     rows = Dataset.from_dict(data, features=Features({name: Value("string") for name in data}))
     return [" | ".join(text) for text in texts], rows
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a csv or jsonl file."""
+    text = _read_text(path)
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(f"predict: {path}:{number} is not a JSON object. Write one a line, such as {{\"text\": \"…\"}}.")
+        records.append(record)
+    return records
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"predict: {path} cannot be read as UTF-8 text: {error}.") from None
 
 
 def _loader(rows: Dataset, trained: Trained, accelerator: Accelerator) -> Any:

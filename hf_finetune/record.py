@@ -105,7 +105,12 @@ class Record:
 
     def keep_if_none(self, model: nn.Module) -> None:
         """Write the model as it is when no best one was kept yet."""
-        if self.is_main and not (self.path / "model").exists():
+        if not self.is_main:
+            return
+        old, final = self.path / ".model.old", self.path / "model"
+        if old.exists() and not final.exists():  # stopped between putting the one away and the other in its place
+            old.rename(final)
+        if not final.exists():
             self._write_model(model, None)
 
     @contextmanager
@@ -119,6 +124,7 @@ class Record:
         finally:
             if self.is_main:
                 seconds = time.monotonic() - self.started
+                shutil.rmtree(self.path / ".model.new", ignore_errors=True)  # stopped while writing
                 self._folder.write_status(status=self.status, why=self.why, wall_seconds=round(seconds, 3))
                 rows = read_metrics(self.path)
                 save_curves(rows, read_status(self.path).get("best"), self.path / "curves.png", title=self.path.name)

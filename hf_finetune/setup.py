@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader
 
@@ -18,10 +19,11 @@ from hf_finetune.augment.presets import resolve_augment
 from hf_finetune.augment.spec import BATCH_AUGMENTATIONS
 from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, train_loader
 from hf_finetune.data.splits import Splits, load_splits
+from hf_finetune.data.targets import class_weights
 from hf_finetune.defaults import Choice, resolve
-from hf_finetune.errors import RecipeError
+from hf_finetune.errors import RecipeError, UserError
 from hf_finetune.models.load import Backbone, ImageInput, load_backbone
-from hf_finetune.optim import ParamGroup, group_parameters
+from hf_finetune.optim import ParamGroup, build_optimizer, group_parameters
 from hf_finetune.precision import resolve_precision
 from hf_finetune.recipe import Recipe
 from hf_finetune.strategies.phase import PhasePlan, plan_phases
@@ -47,6 +49,8 @@ class Setup:
     groups: list[ParamGroup]
     timeline: Timeline
     micro_batch_size: int
+    class_weights: list[float] | None
+    """By class, mean 1 over the training samples; None for none."""
 
     @property
     def trainable_size(self) -> int:
@@ -79,6 +83,7 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         ModelError: the backbone is wrong or missing, or does not fit the data.
         RecipeError: the recipe does not fit the data, the backbone or the hardware.
     """
+    _check_trackers(recipe)
     choices: list[Choice] = []
     seed = recipe.training.seed
     splits = load_splits(recipe.data, seed=seed, task=recipe.task)
@@ -138,9 +143,23 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
             f"the last one reached trains {reached[-1].name}"
         )
     groups = group_parameters(reached, backbone.anatomy)
+    # An optimizer that cannot be built is refused here, before a run folder is made for it.
+    build_optimizer(recipe.optimizer, groups, dict(backbone.model.named_parameters()))
+    weights = class_weights(recipe.data, splits.labels, splits.train_counts)
     return Setup(
-        recipe, choices + resolved, notes, splits, backbone, reached, groups, timeline, micro_batch_size
+        recipe, choices + resolved, notes, splits, backbone, reached, groups, timeline, micro_batch_size, weights
     )
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    """Refuse a tracker whose package is missing: accelerate would pass over it without a word."""
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for tracker in recipe.trackers:
+        if tracker not in available:
+            raise UserError(
+                f"{recipe.where('trackers')}: '{tracker}' is not installed. Install it with "
+                f"`pip install {tracker.replace('_', '-')}`, or take it out of the list."
+            )
 
 
 def _micro_batch_size(recipe: Recipe, world_size: int) -> int:
@@ -187,7 +206,8 @@ def _workers(asked: int | str, modality: str, rows: int, world_size: int, device
     """Return how many processes load data for each training process, and why."""
     if asked != "auto":
         return int(asked), "as the recipe says"
-    cores = max(1, len(os.sched_getaffinity(0)) // world_size)
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, ours // world_size)
     if modality == "text":
         return 0, "texts are tokenised in advance"
     if rows <= SMALL_IMAGE_SET:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from hf_finetune.augment.batch import mix, mixers
+from hf_finetune.data.columns import column_values
 from hf_finetune.data.loaders import iterate_batches
-from hf_finetune.data.targets import class_weights, soft_targets
+from hf_finetune.data.targets import soft_targets
 from hf_finetune.errors import Interrupted, TrainingError
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_tensors
@@ -63,6 +64,7 @@ def finetune(recipe: Recipe, *, name: str = "recipe", quiet: bool = False) -> Ru
         try:
             record.why = _train(setup, accelerator, record, progress)
             record.status = "done"
+            record.keep_if_none(setup.backbone.model)  # where every evaluation gave NaN
         except KeyboardInterrupt:
             record.status, record.why = "interrupted", "stopped by a signal"
             record.keep_if_none(setup.backbone.model)
@@ -95,8 +97,7 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
 
     loader, validation = build_loaders(setup, accelerator)
     mixing = mixers(recipe.augment)
-    weights = class_weights(recipe.data, splits.labels, splits.train_counts)
-    class_weight = torch.tensor(weights, device=device) if weights else None
+    class_weight = torch.tensor(setup.class_weights, device=device) if setup.class_weights else None
 
     best = Best(monitor.mode)
     early = Patience(monitor.mode, **monitor.early_stopping.model_dump()) if monitor.early_stopping else None
@@ -133,7 +134,7 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
 
         micro_batches = next(batches)
         batch_size = micro_batches[0]["batch_size"]  # over all processes
-        loss = torch.zeros((), device=device)
+        loss, answers = torch.zeros((), device=device), []
         for number, batch in enumerate(micro_batches, 1):
             inputs, targets = to_device(batch["inputs"], device), batch["labels"].to(device, non_blocking=True)
             if mixing:
@@ -152,13 +153,14 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
                 share = (losses * batch["weights"].to(device)).sum() / batch_size
                 accelerator.backward(share * world)
             loss += share.detach()
+            answers.append((batch["indices"], losses.detach()))
         loss_value = accelerator.reduce(loss, "sum").item()
         if not math.isfinite(loss_value):
-            raise TrainingError(_non_finite(f"the loss is {loss_value}", step, epoch, losses, batch, record, best))
+            raise TrainingError(_non_finite(f"the loss is {loss_value}", step, epoch, answers, record, best))
         if training.clip_norm is not None:
             norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
             if training.precision != "fp16" and not math.isfinite(norm):
-                raise TrainingError(_non_finite(f"the gradient norm is {norm}", step, epoch, None, batch, record, best))
+                raise TrainingError(_non_finite(f"the gradient norm is {norm}", step, epoch, answers, record, best))
         optimizer.step()
         optimizer.zero_grad()
         if ema:
@@ -175,6 +177,8 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
         if not due:
             continue
 
+        if world > 1:
+            _share_buffers(measured)
         result = evaluate(
             measured, validation, splits.labels, record.metrics, accelerator,
             on_batch=lambda: progress.doing("evaluating"),
@@ -205,18 +209,30 @@ def _wrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return model if accelerator.num_processes == 1 else accelerator.prepare_model(model)
 
 
+def _share_buffers(model: nn.Module) -> None:
+    """Give every process the main one's buffers, as kept with the model: each has BatchNorm statistics of its own share."""
+    for buffer in model.buffers():
+        broadcast(buffer)
+
+
 def _non_finite(
-    what: str, step: int, epoch: int, losses: torch.Tensor | None, batch: dict[str, Any], record: Record, best: Best
+    what: str, step: int, epoch: int, answers: list[tuple[torch.Tensor, torch.Tensor]], record: Record, best: Best
 ) -> str:
-    """Return the text of the error that stops a run at its first non-finite number; every process calls this."""
-    indices = batch["indices"]
-    guilty = indices if losses is None else indices[~torch.isfinite(losses.detach()).cpu()]
-    named = sorted(gather_object([int(index) for index in guilty]))
-    samples = f"in samples {', '.join(map(str, named[:16]))} of train" if named else "in an earlier micro-batch"
+    """Return the text of the error that stops a run at its first non-finite number; every process calls this.
+
+    `answers` holds (indices, losses) of each micro-batch. All samples are named when no loss tells which is to blame.
+    """
+    indices, losses = (torch.cat([part.cpu() for part in parts]) for parts in zip(*answers, strict=True))
+    mine = [(int(index), bool(finite)) for index, finite in zip(indices, torch.isfinite(losses), strict=True)]
+    batch = set(gather_object(mine))
+    guilty = {index for index, finite in batch if not finite} or {index for index, _ in batch}
+    numbers = column_values(record.setup.splits.train, "row")  # as the data's own file counts
+    rows = sorted(int(numbers[index]) for index in guilty)
+    named = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
     kept = f"The best model so far (step {best.step}) is in {record.path / 'model'}." if best.value is not None else ""
     return (
-        f"step {step + 1}, epoch {epoch + 1}: {what}, {samples}. Look at these samples, lower optimizer.lr, or train "
-        f"in precision: fp32. {kept}"
+        f"step {step + 1}, epoch {epoch + 1}: {what}, in rows {named} of train (the first is 0). Look at these samples, "
+        f"lower optimizer.lr, or train in precision: fp32. {kept}"
     ).rstrip()
 
 
