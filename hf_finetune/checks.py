@@ -1,13 +1,13 @@
 """What a recipe's parts must agree on, beyond what each part checks alone: one small function for each rule.
 
-Only what can be known without loading anything is checked here; what needs the data, the backbone or the hardware is
-checked where those are loaded.
+Only what can be known without loading anything is checked here; what needs the data, the backbone or the
+hardware is checked where those are loaded.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,33 +53,33 @@ def _modality(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def shipped_names(recipe: Recipe) -> Iterator[Conflict]:
     """A `shipped/…` name is one of the package's."""
     paths = recipe.data.path if isinstance(recipe.data.path, list) else [recipe.data.path]
-    for key, name, known in [
-        ("backbone.id", recipe.backbone.id, BACKBONES),
-        *(("data.path", path, DATASETS) for path in paths),
-    ]:
+    named = [("backbone.id", recipe.backbone.id, list(BACKBONES))]
+    named += [("data.path", path, list(DATASETS)) for path in paths]
+    for key, name, known in named:
         if name.startswith(_SHIPPED) and name.removeprefix(_SHIPPED) not in known:
             match = nearest(name.removeprefix(_SHIPPED), known)
             yield Conflict(
                 (key,),
-                f"the package ships {_listed(_SHIPPED + each for each in known)}",
-                f"did you mean '{_SHIPPED}{match}'?" if match else "choose one of them, a Hub id or a local path",
+                f"the package ships {_listed([_SHIPPED + each for each in known])}",
+                f"did you mean '{_SHIPPED}{match}'?"
+                if match
+                else "choose one of them, a Hub id or a local path",
             )
 
 
 def modalities_agree(recipe: Recipe) -> Iterator[Conflict]:
     """Task, data and backbone are all about images, or all about texts."""
-    said = list(_modality(recipe))
-    other = next((key for key, modality in said if modality != said[0][1]), None)
+    said = dict(_modality(recipe))
+    other = next((key for key, kind in said.items() if kind != next(iter(said.values()))), None)
     if other is None:
         return
-    remedy = "choose a task, data and a backbone of one kind"
-    if {said[0][0], other} == {"data.path", "backbone.id"}:
-        image = dict(said)["data.path"] == "image"
-        remedy = f"for {'images' if image else 'texts'} there is backbone: shipped/{'tiny-resnet' if image else 'minilm'}"
-        remedy += f", for {'texts' if image else 'images'} data: shipped/{'reviews' if image else 'digits'}"
-    told = dict(said)
+    wanted = said.get("task", said.get("data.path", ""))
+    data = " or ".join(_SHIPPED + name for name, d in DATASETS.items() if TASKS[d.task].modality == wanted)
+    backbones = " or ".join(_SHIPPED + name for name, b in BACKBONES.items() if b.modality == wanted)
     yield Conflict(
-        (other, said[0][0]), f"the one is about {told[other]}s, the other about {told[said[0][0]]}s", remedy
+        (other, *(key for key in said if key != other)),
+        ", ".join(f"{key} is about {kind}s" for key, kind in said.items()),
+        f"for {wanted}s there are data: {data} and backbone: {backbones}, or your own",
     )
 
 
@@ -87,7 +87,8 @@ def augmentations_fit_the_modality(recipe: Recipe) -> Iterator[Conflict]:
     """Image augmentations for images, text augmentations for texts."""
     if not isinstance(recipe.augment, list):
         return
-    kinds = {name: "image" for name in IMAGE_AUGMENTATIONS | BATCH_AUGMENTATIONS} | dict.fromkeys(TEXT_AUGMENTATIONS, "text")
+    kinds = dict.fromkeys(IMAGE_AUGMENTATIONS | BATCH_AUGMENTATIONS, "image")
+    kinds |= dict.fromkeys(TEXT_AUGMENTATIONS, "text")
     said = list(_modality(recipe))
     if len({modality for _, modality in said}) > 1:
         return  # reported as such
@@ -112,7 +113,9 @@ def mixing_needs_pairs(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict(
                 (f"training.{size_key}", key),
                 "samples are blended in pairs, so a forward pass takes an even number of them",
-                f"set training.{size_key}: {size + 1}" if size_key == "batch_size" else "choose an even number",
+                f"set training.{size_key}: {size + 1}"
+                if size_key == "batch_size"
+                else "choose an even number",
             )
             return
 
@@ -140,7 +143,9 @@ def weights_need_classes(recipe: Recipe) -> Iterator[Conflict]:
     """Class weights need classes."""
     if recipe.data.class_weights != "none" and recipe.data.labels == "regression":
         yield Conflict(
-            ("data.class_weights", "data.labels"), "regression has no classes to weigh", "set data.class_weights: none"
+            ("data.class_weights", "data.labels"),
+            "regression has no classes to weigh",
+            "set data.class_weights: none",
         )
 
 
@@ -158,12 +163,13 @@ def micro_batches_fill_the_batch(recipe: Recipe) -> Iterator[Conflict]:
     batch, micro = recipe.training.batch_size, recipe.training.micro_batch_size
     if micro is None or batch % micro == 0:
         return
+    rounded = micro * max(1, round(batch / micro))
     divisors = [size for size in range(batch, 0, -1) if batch % size == 0 and size <= max(micro, 1)]
     larger = "is larger than" if micro > batch else "does not divide"
     yield Conflict(
         ("training.micro_batch_size", "training.batch_size"),
-        f"the forward pass {larger} the batch of an optimizer step, which takes a whole number of passes",
-        f"set training.micro_batch_size: {divisors[0]}, or training.batch_size: {micro * max(1, round(batch / micro))}",
+        f"it {larger} the batch of an optimizer step, which takes a whole number of forward passes",
+        f"set training.micro_batch_size: {divisors[0]}, or training.batch_size: {rounded}",
     )
 
 
@@ -179,9 +185,12 @@ def metrics_fit_the_labels(recipe: Recipe) -> Iterator[Conflict]:
         if name.startswith(EVALUATE_PREFIX) and name != EVALUATE_PREFIX:
             continue
         if name in METRICS:
-            yield Conflict((key, "data.labels"), f"{name} is for {_listed(METRICS[name].kinds)} labels", allowed)
+            yield Conflict(
+                (key, "data.labels"), f"{name} is for {_listed(METRICS[name].kinds)} labels", allowed
+            )
             continue
-        match = nearest(name, metric_names(kind))
+        longer = (each for each in metric_names(kind) if each.startswith(name))
+        match = nearest(name, metric_names(kind)) or next(longer, None)
         yield Conflict(
             (key,),
             "no metric has this name" + (f"; did you mean '{match}'?" if match else ""),
@@ -201,8 +210,10 @@ def better_is_known(recipe: Recipe) -> Iterator[Conflict]:
     right = "min" if metric == LOSS else METRICS[metric].mode if metric in METRICS else mode
     if mode not in ("auto", right):
         yield Conflict(
-            ("monitor.mode", "monitor.metric"), f"the run would keep its worst weights: {metric} is better at its "
-            f"{'highest' if right == 'max' else 'lowest'}", "set monitor.mode: auto"
+            ("monitor.mode", "monitor.metric"),
+            f"the run would keep its worst weights: {metric} is better at its "
+            f"{'highest' if right == 'max' else 'lowest'}",
+            "set monitor.mode: auto",
         )
 
 
@@ -211,26 +222,26 @@ def evaluations_happen(recipe: Recipe) -> Iterator[Conflict]:
     share = _share_of_run(recipe.monitor.evaluate, recipe)
     if share is not None and share > 1:
         yield Conflict(
-            ("monitor.evaluate", _length_key(recipe)), "the run ends before its first evaluation",
+            ("monitor.evaluate", _length_key(recipe)),
+            "the run ends before its first evaluation",
             f"evaluate at most every {_length(recipe)}, or train longer",
         )
 
 
 def patience_can_run_out(recipe: Recipe) -> Iterator[Conflict]:
-    """What waits for evaluations without improvement gets enough of them: one to compare with, then `patience` more."""
+    """What waits for a plateau gets enough evaluations: one to compare with, then `patience` more."""
     share = _share_of_run(recipe.monitor.evaluate, recipe)
     if share is None or share > 1:
         return
     evaluations = int(1 / share + 1e-9)
     for keys, patience, what in _waits(recipe):
         if patience >= evaluations:
-            times = "one evaluation" if evaluations == 1 else f"{evaluations} evaluations"
             remedy = "evaluate more often (monitor.evaluate: 20%) or train longer"
             if evaluations > 1 and patience > 1:
                 remedy = f"set a patience of at most {evaluations - 1}, or {remedy}"
             yield Conflict(
                 (*keys, "monitor.evaluate", _length_key(recipe)),
-                f"{what} takes {patience + 1} evaluations, the run has {times}",
+                f"{what} takes {patience + 1} evaluations, the run has {evaluations}",
                 remedy,
             )
 
@@ -242,14 +253,16 @@ def warmup_suits_the_schedule(recipe: Recipe) -> Iterator[Conflict]:
         return
     if not schedule.warms_up:
         yield Conflict(
-            ("schedule.warmup", "schedule.name"), "this curve rises by itself, so a warmup would come on top",
+            ("schedule.warmup", "schedule.name"),
+            "this curve rises by itself, so a warmup would come on top",
             "remove schedule.warmup; schedule.rise sets how long the curve rises",
         )
         return
     share = _share_of_run(schedule.warmup, recipe)
     if share is not None and share >= 1:
         yield Conflict(
-            ("schedule.warmup", _length_key(recipe)), "the rate would rise until the run ends",
+            ("schedule.warmup", _length_key(recipe)),
+            "the rate would rise until the run ends",
             f"warm up for less than {_length(recipe)}, such as 10%",
         )
 
@@ -263,12 +276,14 @@ def phases_fill_the_run(recipe: Recipe) -> Iterator[Conflict]:
     ends = phases and phases[-1].for_ is not None
     if total > 1 + 1e-9:
         yield Conflict(
-            (keys[-1], *keys[:-1], _length_key(recipe)), f"the phases take {total:.0%} of the run",
+            (keys[-1], *keys[:-1], _length_key(recipe)),
+            f"the phases take {total:.0%} of the run",
             "shorten them, or train longer; the last phase needs no `for`: it takes what is left",
         )
     elif ends and len(fixed) == len(phases) and total < 1 - 1e-9:
         yield Conflict(
-            (keys[-1], *keys[:-1], _length_key(recipe)), f"the phases take only {total:.0%} of the run",
+            (keys[-1], *keys[:-1], _length_key(recipe)),
+            f"the phases take only {total:.0%} of the run",
             "remove `for` from the last phase: it takes what is left",
         )
 
@@ -279,7 +294,8 @@ def both_stages_happen(recipe: Recipe) -> Iterator[Conflict]:
     share = _share_of_run(probe, recipe) if probe is not None else None
     if share is not None and share >= 1:
         yield Conflict(
-            ("strategy.probe", _length_key(recipe)), "the run would end before all layers train",
+            ("strategy.probe", _length_key(recipe)),
+            "the run would end before all layers train",
             f"probe for less than {_length(recipe)}, such as 40%",
         )
 
@@ -291,7 +307,8 @@ def frozen_layers_are_pretrained(recipe: Recipe) -> Iterator[Conflict]:
     phases = getattr(recipe.strategy, "phases", [])
     if recipe.strategy.name in _NEEDS_PRETRAINED or (phases and phases[0].train == "head"):
         yield Conflict(
-            ("backbone.pretrained", "strategy.name"), "layers that do not learn would keep their random weights",
+            ("backbone.pretrained", "strategy.phases.0.train" if phases else "strategy.name"),
+            "layers that do not learn would keep their random weights",
             "set backbone.pretrained: true, or strategy: scratch",
         )
 
@@ -300,7 +317,8 @@ def remote_code_is_pinned(recipe: Recipe) -> Iterator[Conflict]:
     """Code from the Hub is run as it was when somebody looked at it."""
     if recipe.backbone.trust_remote_code and recipe.backbone.revision is None and _on_hub(recipe.backbone.id):
         yield Conflict(
-            ("backbone.trust_remote_code", "backbone.id"), "code from the Hub may change between two runs",
+            ("backbone.trust_remote_code", "backbone.id"),
+            "code from the Hub may change between two runs",
             "read it, then set backbone.revision to that commit",
         )
 
@@ -329,22 +347,20 @@ def splits_exist(recipe: Recipe) -> Iterator[Conflict]:
         if name and name[1] not in (*shipped.splits, "auto"):
             match = nearest(name[1], shipped.splits)
             yield Conflict(
-                (f"data.{role}", "data.path"), f"its splits are {_listed(shipped.splits)}",
+                (f"data.{role}", "data.path"),
+                f"its splits are {_listed(shipped.splits)}",
                 f"did you mean '{match}'?" if match else "choose one of them",
             )
 
 
 def fraction_needs_no_validation_split(recipe: Recipe) -> Iterator[Conflict]:
-    """A fraction of train is held out only where the data has no validation split of its own."""
-    if not isinstance(recipe.data.validation, float):
-        return
+    """A fraction of train is held out only where the data has no validation split that would go unused."""
     own = _validation_split(recipe)
-    if own is not None:
+    if isinstance(recipe.data.validation, float) and own is not None and recipe.data.test != own:
         yield Conflict(
-            ("data.validation", "data.path"), f"the data has its own validation split, {own}, which would go unused",
-            f"set data.validation: auto, or merge the two by data.train: {recipe.data.train}+{own}"
-            if _shipped_data(recipe) is None
-            else "set data.validation: auto",
+            ("data.validation", "data.path"),
+            f"the data has its own validation split, '{own}', which would go unused",
+            f"set data.validation: auto, or keep the fraction and set data.test: {own}",
         )
 
 
@@ -354,7 +370,8 @@ def trackers_are_known(recipe: Recipe) -> Iterator[Conflict]:
         if name not in TRACKERS:
             match = nearest(name, TRACKERS)
             yield Conflict(
-                (f"trackers.{i}",), "no tracker has this name" + (f"; did you mean '{match}'?" if match else ""),
+                (f"trackers.{i}",),
+                "no tracker has this name" + (f"; did you mean '{match}'?" if match else ""),
                 f"choose from {', '.join(TRACKERS)}",
             )
 
@@ -392,7 +409,11 @@ def conflicts(recipe: Recipe) -> list[Conflict]:
 
 def _shipped_data(recipe: Recipe) -> ShippedDataset | None:
     path = recipe.data.path
-    return DATASETS.get(path.removeprefix(_SHIPPED)) if isinstance(path, str) and path.startswith(_SHIPPED) else None
+    return (
+        DATASETS.get(path.removeprefix(_SHIPPED))
+        if isinstance(path, str) and path.startswith(_SHIPPED)
+        else None
+    )
 
 
 def _mixing(recipe: Recipe) -> list[str]:
@@ -406,7 +427,7 @@ def _waits(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], int, str]]:
     """Yield (keys, patience, what it is) for everything that waits for a plateau."""
     strategy: Any = recipe.strategy
     if recipe.monitor.early_stopping is not None:
-        yield ("monitor.early_stopping.patience", "monitor.early_stopping"), recipe.monitor.early_stopping.patience, "early stopping"
+        yield ("monitor.early_stopping.patience",), recipe.monitor.early_stopping.patience, "early stopping"
     if recipe.schedule.name == "reduce_on_plateau":
         yield ("schedule.patience", "schedule.name"), recipe.schedule.patience, "a plateau"  # type: ignore[attr-defined]
     if getattr(strategy, "every", None) == "plateau":
@@ -446,6 +467,6 @@ def _validation_split(recipe: Recipe) -> str | None:
     return next((name for name in names if name.lower() in _VALIDATION_NAMES), None)
 
 
-def _listed(words: Any) -> str:
+def _listed(words: Sequence[str]) -> str:
     *most, last = words
     return f"{', '.join(most)} and {last}" if most else last

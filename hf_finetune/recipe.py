@@ -1,8 +1,8 @@
-"""Reading and writing recipes: `extends`, then the file, then overrides; every problem found goes into one error."""
+"""Reading and writing recipes: `extends`, then the file, then overrides; one error holds every problem."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,19 @@ from pydantic import ValidationError
 from hf_finetune.checks import Conflict, conflicts
 from hf_finetune.errors import nearest
 from hf_finetune.recipe_errors import Place, Problem, recipe_error
-from hf_finetune.recipe_schema import Keys, dotted, known_keys, node_at, shown, spec_problems
+from hf_finetune.recipe_layers import changed, merged, overridden, removal, spelled_out
+from hf_finetune.recipe_schema import (
+    MISSING,
+    Keys,
+    dotted,
+    known_keys,
+    node_at,
+    shown,
+    spec_problems,
+    written,
+)
 from hf_finetune.recipe_spec import (
     DEFAULT,
-    SHORT_FORMS,
     EmaSpec,
     Origin,
     Precision,
@@ -23,7 +32,6 @@ from hf_finetune.recipe_spec import (
     TaskName,
     TrainingSpec,
 )
-from hf_finetune.schedule import Cosine
 from hf_finetune.yaml_source import Node, from_plain, plain, read_yaml, to_yaml, walk
 
 __all__ = [
@@ -41,17 +49,12 @@ __all__ = [
 
 _HERE = Path(__file__).parent
 # In a wheel the recipes lie in the package, in a working copy beside it.
-_SHIPPED = next((place for place in (_HERE / "recipes", _HERE.parent / "recipes") if place.is_dir()), _HERE / "recipes")
+_SHIPPED = next(
+    (place for place in (_HERE / "recipes", _HERE.parent / "recipes") if place.is_dir()), _HERE / "recipes"
+)
 _BASE = "base"
 
-COMMAND_LINE = Place("command line", order=1_000_000)
 PYTHON = Place("recipe")
-
-# A section that names another of these than the layer below it starts afresh: options of one strategy mean nothing to
-# another. What stands here is the name of a section that gives none.
-_RESTARTS = {"strategy": None, "optimizer": "auto", "schedule": Cosine().name}
-# Saying the one takes back what a layer below said of the other.
-_ALTERNATIVES = {"training": ("epochs", "steps")}
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class ShippedRecipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a file, or a shipped one by its name, and apply `KEY=VALUE` overrides.
 
-    An override's key is dotted and its value YAML; `a.b=` sets nothing (null), `~a.b` takes a key out, so that its
-    default holds. `data=…` replaces the whole section, `data.path=…` one key. Where one layer sets `training.steps`,
-    the `epochs` of the layers below (and the default) give way, and the other way round.
+    An override's key is dotted and its value YAML; `a.b=` sets null, `~a.b` takes a key out, so that its
+    default holds. `data=…` replaces the whole section, `data.path=…` one key. Where a layer sets
+    `training.steps`, the `epochs` of the layers below (and the default) give way, and the other way round.
 
     Raises:
         RecipeError: the file cannot be read, or everything that is wrong with the recipe, one block each.
@@ -87,7 +90,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Check a recipe given as plain data, in the form a YAML file would hold. Raises RecipeError."""
     problems: list[Problem] = []
-    node = _extended(_spelled_out(from_plain(dict(data), PYTHON)), Path(), problems, ())
+    node = _extended(spelled_out(from_plain(dict(data), PYTHON)), Path(), problems, ())
     if node is None:
         raise recipe_error(problems, "the recipe")
     return _build(node, overrides, problems, "the recipe", "")
@@ -109,7 +112,7 @@ def shipped_recipes() -> dict[str, ShippedRecipe]:
 
 
 def _find(name: str, folder: Path | None = None) -> Path | None:
-    """Return the file a name means: a path (relative to `folder`), else a shipped recipe with or without .yaml."""
+    """Return the file a name means: a path (from `folder`), else a shipped recipe, with or without .yaml."""
     path = (folder or Path()) / Path(name).expanduser()
     if path.is_file():
         return path
@@ -117,7 +120,9 @@ def _find(name: str, folder: Path | None = None) -> Path | None:
     return shipped if shipped.parent == _SHIPPED and shipped.is_file() else None
 
 
-def _no_such_file(name: str, folder: Path | None = None, place: Place | None = None, key: str = "") -> Problem:
+def _no_such_file(
+    name: str, folder: Path | None = None, place: Place | None = None, key: str = ""
+) -> Problem:
     path = (folder or Path()) / Path(name).expanduser()
     beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
     match = nearest(path.name, beside)
@@ -132,7 +137,11 @@ def _no_such_file(name: str, folder: Path | None = None, place: Place | None = N
         hint = f"did you mean the shipped recipe '{shipped_match}'?"
     else:
         hint = f"files beside it: {', '.join(beside)}" if beside else "check the path"
-    return Problem(place or Place(name), key, (f"given {name}; {what}" if key else what, hint, f"shipped recipes: {shipped}"))
+    return Problem(
+        place or Place(name),
+        key,
+        (f"given {name}; {what}" if key else what, hint, f"shipped recipes: {shipped}"),
+    )
 
 
 def _display(file: Path) -> str:
@@ -144,7 +153,7 @@ def _display(file: Path) -> str:
 
 
 def _read(file: Path, problems: list[Problem], chain: tuple[Path, ...]) -> Node | None:
-    """Return a file with everything it extends merged below it; None, and a problem, when one of them is no recipe."""
+    """Return a file merged over everything it extends; None, and a problem, when one of them is no recipe."""
     source, order = _display(file), len(chain)
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -163,10 +172,13 @@ def _read(file: Path, problems: list[Problem], chain: tuple[Path, ...]) -> Node 
     if node is None:
         return None
     if not isinstance(node.value, dict):
-        what = (f"given {shown(plain(node))}; a recipe is a mapping of keys to values", "for example `strategy: frozen`")
+        what = (
+            f"given {written(node)}; a recipe is a mapping of keys to values",
+            "for example `strategy: frozen`",
+        )
         problems.append(Problem(node.place, "", what))
         return None
-    return _extended(_spelled_out(node), file.parent, problems, (*chain, file.resolve()))
+    return _extended(spelled_out(node), file.parent, problems, (*chain, file.resolve()))
 
 
 def _extended(node: Node, folder: Path, problems: list[Problem], chain: tuple[Path, ...]) -> Node | None:
@@ -176,7 +188,7 @@ def _extended(node: Node, folder: Path, problems: list[Problem], chain: tuple[Pa
     if extends is None or extends.value is None:
         return node
     if not isinstance(extends.value, str):
-        given = f"given {shown(plain(extends))}; allowed: a file beside this one, or a shipped recipe's name"
+        given = f"given {written(extends)}; allowed: a file beside this one, or a shipped recipe's name"
         problems.append(Problem(extends.place, "extends", (given,)))
         return None
     base = _find(extends.value, folder)
@@ -185,154 +197,18 @@ def _extended(node: Node, folder: Path, problems: list[Problem], chain: tuple[Pa
         return None
     if base.resolve() in chain:
         circle = " -> ".join(path.name for path in (*chain[chain.index(base.resolve()) :], base))
-        problems.append(Problem(extends.place, "extends", (f"goes in a circle: {circle}", "extend another recipe")))
+        problems.append(
+            Problem(extends.place, "extends", (f"goes in a circle: {circle}", "extend another recipe"))
+        )
         return None
     below = _read(base, problems, chain)
-    return _merge(below, node) if below is not None else None
+    return merged(below, node) if below is not None else None
 
 
-def _spelled_out(node: Node) -> Node:
-    """Return one layer with its short forms written out, so that layers can be merged key by key."""
-    written = dict(node.value)
-    for section, key in SHORT_FORMS.items():
-        child = written.get(section)
-        bare = child is not None and child.value is not None and not isinstance(child.value, dict)
-        if bare and (section == "data" or not isinstance(child.value, list)):
-            written[section] = Node({key: child}, child.place)
-    augment = written.get("augment")
-    if augment is not None and isinstance(augment.value, list):
-        items = [i if isinstance(i.value, (dict, list)) else Node({"name": i}, i.place) for i in augment.value]
-        written["augment"] = Node(items, augment.place)
-    return Node(written, node.place)
-
-
-def _merge(below: Node, above: Node, section: str = "") -> Node:
-    """Return two layers as one: mappings key by key, everything else as the layer above says."""
-    if not isinstance(below.value, dict) or not isinstance(above.value, dict) or _restarts(section, below, above):
-        return above
-    given_way = _give_way(section, above)
-    merged = {key: child for key, child in below.value.items() if key not in given_way}
-    for key, child in above.value.items():
-        merged[key] = _merge(merged[key], child, f"{section}.{key}".lstrip(".")) if key in merged else child
-    return Node(merged, above.place)
-
-
-def _restarts(section: str, below: Node, above: Node) -> bool:
-    """Return whether the layer above names another strategy (optimizer, schedule) than the one below."""
-    named = _name(section, above, None)
-    return section in _RESTARTS and named is not None and named != _name(section, below, _RESTARTS[section])
-
-
-def _name(section: str, node: Node, default: str | None) -> Any:
-    if "name" in node.value:
-        return node.value["name"].value
-    return "phases" if section == "strategy" and "phases" in node.value else default
-
-
-def _give_way(section: str, above: Node) -> set[str]:
-    """Return the keys of lower layers that what is said above takes back."""
-    names = _ALTERNATIVES.get(section, ())
-    said = [name for name in names if name in above.value and above.value[name].value is not None]
-    return set(names) - set(said) if said else set()
-
-
-def _override(node: Node, text: str, problems: list[Problem]) -> Node:
-    """Return the recipe with one `KEY=VALUE` or `~KEY` applied; what is wrong with it is added to `problems`."""
-    remove = text.startswith("~")
-    key, equals, value_text = text.removeprefix("~").partition("=")
-    key = key.strip()
-
-    def problem(*lines: str) -> Node:
-        problems.append(Problem(COMMAND_LINE, key or text, lines))
-        return node
-
-    if not key or any(not part for part in key.split(".")) or remove == bool(equals):
-        return problem(
-            f"given {text}; allowed: KEY=VALUE, KEY= for null, or ~KEY to take a key out",
-            f"for example {'~' + key if remove and key else (key or 'training.epochs') + '=VALUE'}",
-        )
-    if key == "extends":
-        return problem("a file says what it extends, the command line does not", "load the other recipe instead")
-    value, found = read_yaml(value_text, COMMAND_LINE.source, order=COMMAND_LINE.order, lines=False)
-    if found:
-        return problem(f"given {value_text}; {found[0].lines[0]}", "put the value in quotes if it is text")
-    keys = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
-    if remove and node_at(node, keys) is node_at(node, keys[:-1]):
-        known = known_keys(keys[:-1], node)
-        if known is not None and keys[-1] in known:
-            return node  # known, and at its default already
-        match = nearest(str(keys[-1]), known or [])
-        return problem("there is no such key to take out", *([f"did you mean '{match}'?"] if match else []))
-    change = _removal if remove else _setting(value or Node(None, COMMAND_LINE))
-    try:
-        return _changed(node, keys, (), change)
-    except LookupError as error:
-        return problem(*error.args)
-
-
-Change = Callable[[Node, Keys, "str | int"], Node]
-"""(section, its keys, the last key) -> the section changed."""
-
-
-def _changed(node: Node, keys: Keys, outer: Keys, change: Change) -> Node:
-    """Return `node` with `change` applied to the section that holds the last key; sections on the way are made."""
-    key = keys[0]
-    if isinstance(node.value, list):
-        if not isinstance(key, int) or key >= len(node.value):
-            count = len(node.value)
-            numbers = f"numbered 0 to {count - 1}" if count else "none"
-            raise LookupError(f"{dotted(outer)} is a list of {count}; its items are {numbers}")
-    elif node.value is None:
-        node = Node({}, node.place)
-    elif not isinstance(node.value, dict):
-        raise LookupError(
-            f"{dotted(outer)} is {shown(plain(node))}, which has no keys inside", f"set {dotted(outer)} itself"
-        )
-    if isinstance(node.value, dict):
-        key = str(key)
-    if len(keys) == 1:
-        return change(node, outer, key)
-    inside = isinstance(node.value, list) or key in node.value
-    child = node.value[key] if inside else Node({}, COMMAND_LINE)
-    return _with(node, key, _changed(child, keys[1:], (*outer, key), change))
-
-
-def _with(node: Node, key: str | int, child: Node) -> Node:
-    if isinstance(node.value, list):
-        return Node([child if i == key else item for i, item in enumerate(node.value)], node.place)
-    return Node({**node.value, key: child}, node.place)
-
-
-def _setting(value: Node) -> Change:
-    def change(node: Node, outer: Keys, key: str | int) -> Node:
-        section = dotted(outer)
-        if not outer or section == "augment":
-            layer = _spelled_out(Node({"augment": Node([value], value.place)} if outer else {str(key): value}, value.place))
-            return _with(node, key, layer.value["augment"].value[0] if outer else layer.value[key])
-        kept = node.value
-        above = Node({str(key): value}, value.place)
-        if isinstance(kept, dict):
-            ours = {k: child for k, child in kept.items() if child.place == COMMAND_LINE}
-            if section != "optimizer" and _restarts(section, node, above):
-                kept = ours
-            kept = {k: child for k, child in kept.items() if k in ours or k not in _give_way(section, above)}
-        return _with(Node(kept, node.place), key, value)
-
-    return change
-
-
-def _removal(node: Node, outer: Keys, key: str | int) -> Node:
-    if isinstance(node.value, list):
-        return Node([item for i, item in enumerate(node.value) if i != key], node.place)
-    return Node({k: child for k, child in node.value.items() if k != key}, node.place)
-
-
-def _build(
-    node: Node, overrides: Sequence[str], problems: list[Problem], source: str, name: str
-) -> Recipe:
-    """Return the recipe that the merged layers and overrides make, or raise the error with everything wrong."""
+def _build(node: Node, overrides: Sequence[str], problems: list[Problem], source: str, name: str) -> Recipe:
+    """Return the recipe that layers and overrides make, or raise the error with everything that is wrong."""
     for override in overrides:
-        node = _override(node, override, problems)
+        node = overridden(node, override, problems)
     recipe, broken, found = _validated(node)
     unclear = {problem.key for problem in problems if problem.key}
     problems += [problem for problem in found if not any(_touches(problem.key, key) for key in unclear)]
@@ -352,7 +228,7 @@ def _build(
 def _validated(node: Node) -> tuple[Recipe | None, set[Keys], list[Problem]]:
     """Return the recipe, the keys left out to get one, and the problems.
 
-    Keys that are wrong are left out until the rest is a recipe, so that what is wrong between the others shows too.
+    Wrong keys are left out until the rest is a recipe, so that what is wrong between the others shows too.
     """
     broken: set[Keys] = set()
     problems: list[Problem] = []
@@ -361,7 +237,9 @@ def _validated(node: Node) -> tuple[Recipe | None, set[Keys], list[Problem]]:
             return Recipe.model_validate(plain(node), by_alias=True, by_name=False), broken, problems
         except ValidationError as error:
             found = spec_problems(error, node)
-            problems = problems or list(found.values())
+            first = not problems
+            # What is missing after the first round is what was left out.
+            problems += [p for p in found.values() if first or not p.lines[0].startswith(MISSING)]
             for keys in found:
                 broken.update(_suspects(keys, node))
                 node, left_out = _without(node, keys)
@@ -376,7 +254,7 @@ def _suspects(keys: Keys, node: Node) -> set[Keys]:
 
 
 def _without(node: Node, keys: Keys) -> tuple[Node, Keys]:
-    """Return the recipe without a wrong key, and what was left out for it: the section where a key is missing from it.
+    """Return the recipe without a wrong key, and what was left out: the section, where a key is missing.
 
     Lists are left out whole: without one item the others would change their numbers.
     """
@@ -385,7 +263,7 @@ def _without(node: Node, keys: Keys) -> tuple[Node, Keys]:
     parent = node_at(node, keys[:-1])
     if len(keys) > 1 and not (isinstance(parent.value, dict) and keys[-1] in parent.value):
         return _without(node, keys[:-1])
-    return _changed(node, keys, (), _removal), keys
+    return changed(node, keys, (), removal), keys
 
 
 def _touches(key: str, other: str) -> bool:
@@ -395,15 +273,24 @@ def _touches(key: str, other: str) -> bool:
 def _conflict_problem(conflict: Conflict, recipe: Recipe, node: Node) -> Problem:
     """Return a conflict as a problem at the first of its keys that is written somewhere."""
     values, places = recipe.model_dump(by_alias=True), dict(walk(node))
-    written = [key for key in conflict.keys if key in places]
-    key, *others = written + [key for key in conflict.keys if key not in written]
-    at = places[key].place if key in places else replace(node.place, line=0)
-    given = f"given {shown(_value(values, key))}"
+    given_keys = [key for key in conflict.keys if key in places]
+    key, *others = given_keys + [key for key in conflict.keys if key not in given_keys]
+    section = next((outer for outer in _outwards(key) if outer in places), None)
+    at = places[section].place if section else replace(node.place, line=0)
+    said = {k: written(places[k]) if k in places else shown(_value(values, k)) for k in conflict.keys}
+    given = f"given {said[key]}"
     if not others:
         return Problem(at, key, (f"{given}; {conflict.reason}", conflict.remedy))
     where = {other: places[other].place if other in places else DEFAULT for other in others}
-    beside = [f"{other}: {shown(_value(values, other))} ({where[other]})" for other in others]
+    beside = [f"{other}: {said[other]} ({where[other]})" for other in others]
     return Problem(at, key, (f"{given}, with {', '.join(beside)}", conflict.reason, conflict.remedy))
+
+
+def _outwards(key: str) -> Iterator[str]:
+    """Yield a dotted key and the sections around it, inner before outer."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
 
 
 def _value(values: Any, key: str) -> Any:

@@ -36,7 +36,7 @@ class Problem:
 
 
 def recipe_error(problems: Iterable[Problem], source: str) -> RecipeError:
-    """Return the error that lists all problems in the order of their places, with their count for `source`."""
+    """Return the error that lists all problems by place, and their count in `source`."""
     listed = sorted(dict.fromkeys(problems), key=lambda p: (p.place.order, p.place.line))
     count = "1 problem" if len(listed) == 1 else f"{len(listed)} problems"
     return RecipeError("\n".join([*map(str, listed), f"{count} in {source}"]))

@@ -1,4 +1,4 @@
-"""What a recipe may hold, in words: pydantic judges, and this module says what it found, one problem per YAML key.
+"""What a recipe may hold, in words: pydantic judges, this module says what it found, a problem for each key.
 
 The words come from the specs' own annotations, so a new option needs no line here.
 """
@@ -9,6 +9,7 @@ import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -17,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from hf_finetune.data.spec import DataSpec
 from hf_finetune.errors import nearest
+from hf_finetune.foreign_names import ALIASES, DERIVED, RENAMED
 from hf_finetune.recipe_errors import Problem
 from hf_finetune.recipe_spec import OneOf, Recipe
 from hf_finetune.spec import Duration, Rate, Spec
@@ -26,7 +28,13 @@ from hf_finetune.yaml_source import Node, plain, read_yaml, to_yaml
 
 Keys = tuple[str | int, ...]
 
+MISSING = "missing"
+"""How a problem about a key that is not there begins."""
+
 _LONGEST_VALUE = 60
+
+# Messages of validators that say no more than what is allowed.
+_SAID = ("choose", "a duration is written", "a rate is")
 
 # Fields whose annotation is wider than what their validator takes, or says too little.
 _WORDS: dict[tuple[type[Spec], str], tuple[str, ...]] = {
@@ -40,90 +48,6 @@ _TYPES: dict[Any, tuple[str, ...]] = {
     bool: ("true", "false"),
     Duration: ("N epochs", "N steps", "N%"),
     Rate: ("a number of at least 0 (3e-4)", "a multiple of the base rate (0.1x)"),
-}
-
-# Names people bring from other tools -> where it is said here.
-_FOREIGN: dict[str, str] = {
-    **dict.fromkeys(("learning_rate", "base_lr", "max_lr", "lr_rate"), "optimizer.lr"),
-    **dict.fromkeys(("optim", "opt", "optimiser"), "optimizer"),
-    **dict.fromkeys(("betas", "eps", "adam_beta1", "adam_beta2", "adam_epsilon"), "optimizer.options"),
-    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs", "max_epochs"), "training.epochs"),
-    **dict.fromkeys(("max_steps", "num_steps", "num_train_steps", "total_steps"), "training.steps"),
-    **dict.fromkeys(("train_batch_size", "bs", "global_batch_size"), "training.batch_size"),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_batch_size"), "training.micro_batch_size"),
-    **dict.fromkeys(("fp16", "bf16", "amp", "mixed_precision"), "training.precision"),
-    **dict.fromkeys(
-        ("max_grad_norm", "grad_clip", "clip_grad", "gradient_clip_val", "gradient_clipping"), "training.clip_norm"
-    ),
-    **dict.fromkeys(("label_smoothing_factor", "smoothing"), "training.label_smoothing"),
-    "ema_decay": "training.ema.decay",
-    **dict.fromkeys(("warmup_steps", "warmup_ratio", "warmup_epochs", "num_warmup_steps"), "schedule.warmup"),
-    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler", "sched"), "schedule"),
-    **dict.fromkeys(
-        ("model", "model_name", "model_name_or_path", "model_id", "arch", "checkpoint", "encoder"), "backbone.id"
-    ),
-    **dict.fromkeys(("drop_path_rate", "attn_implementation", "dropout"), "backbone.options"),
-    **dict.fromkeys(
-        ("dataset", "dataset_name", "datasets", "data_dir", "data_path", "train_file", "dataset_path"), "data.path"
-    ),
-    **dict.fromkeys(("dataset_config_name", "dataset_config"), "data.config"),
-    **dict.fromkeys(("validation_split", "val_split", "test_size", "eval_split", "val"), "data.validation"),
-    **dict.fromkeys(("num_workers", "dataloader_num_workers"), "data.workers"),
-    **dict.fromkeys(("max_seq_length", "max_seq_len"), "data.max_length"),
-    **dict.fromkeys(("max_train_samples", "limit"), "data.max_samples"),
-    **dict.fromkeys(("problem_type", "multi_label", "label_type"), "data.labels"),
-    **dict.fromkeys(("class_weight", "weights"), "data.class_weights"),
-    **dict.fromkeys(("image_column", "image_column_name"), "data.columns.image"),
-    **dict.fromkeys(("text_column", "text_column_name", "text_column_names"), "data.columns.text"),
-    **dict.fromkeys(("label_column", "label_column_name"), "data.columns.label"),
-    **dict.fromkeys(("freeze", "freeze_backbone", "frozen", "unfreeze", "finetune", "trainable"), "strategy"),
-    **dict.fromkeys(("augmentation", "augmentations", "transforms", "aug"), "augment"),
-    **dict.fromkeys(("eval_strategy", "evaluation_strategy", "eval_steps", "eval_every"), "monitor.evaluate"),
-    "metric_for_best_model": "monitor.metric",
-    "greater_is_better": "monitor.mode",
-    **dict.fromkeys(("early_stopping_patience", "early_stop"), "monitor.early_stopping"),
-    **dict.fromkeys(("report_to", "logger", "loggers", "tracker"), "trackers"),
-    **dict.fromkeys(("output_dir", "save_dir", "out_dir"), "output"),
-    **dict.fromkeys(("base", "inherit", "defaults", "<<"), "extends"),
-}
-_DERIVED: dict[str, str] = {
-    **dict.fromkeys(
-        ("gradient_accumulation_steps", "accumulate", "accumulation"),
-        "accumulation follows from training.batch_size and training.micro_batch_size: remove this key",
-    ),
-    **dict.fromkeys(
-        ("num_labels", "num_classes", "classes", "label_names"), "the classes come from the data: remove this key"
-    ),
-    **dict.fromkeys(
-        ("image_size", "img_size", "resolution", "mean", "std", "interpolation", "tokenizer", "tokenizer_name"),
-        "the input's form comes with the checkpoint: remove this key",
-    ),
-    **dict.fromkeys(
-        ("device", "devices", "gpus", "num_processes"),
-        "devices are chosen by `accelerate launch`: remove this key",
-    ),
-    **dict.fromkeys(("resume", "resume_from_checkpoint"), "resuming is the command's --resume: remove this key"),
-}
-# Names other places use for ours -> what to write.
-_ALIASES: dict[str, dict[str, str]] = {
-    "strategy": {
-        **dict.fromkeys(("linear_probe", "probe", "head", "feature_extraction", "freeze"), "frozen"),
-        **dict.fromkeys(("fine_tune", "finetune", "fine_tuning", "finetuning", "all"), "full"),
-        **dict.fromkeys(("ulmfit", "unfreeze", "gradual_unfreezing"), "gradual"),
-        **dict.fromkeys(("llrd", "layer_decay", "layerwise"), "{name: discriminative, layer_decay: auto}"),
-        "gradual_plateau": "{name: gradual, every: plateau}",
-        "batch_norm": "norms",
-    },
-    "schedule": {
-        **dict.fromkeys(("cosine_annealing", "cosine_with_warmup", "sgdr"), "cosine"),
-        **dict.fromkeys(("cosine_with_restarts", "cosine_annealing_warm_restarts"), "cosine_restarts"),
-        "plateau": "reduce_on_plateau",
-        "wsd": "warmup_stable_decay",
-        "stlr": "slanted_triangular",
-        "constant_with_warmup": "constant",
-        "none": "constant",
-    },
-    "augment": {"hflip": "horizontal_flip", "flip": "horizontal_flip", "vflip": "vertical_flip"},
 }
 
 
@@ -140,7 +64,7 @@ class Slot:
 def spec_problems(error: ValidationError, root: Node) -> dict[Keys, Problem]:
     """Return what pydantic found as problems, one for each place of the recipe.
 
-    The branches of a union become one problem, and where a deeper place says what is wrong, only that one is kept.
+    The branches of a union become one problem; where a deeper place says what is wrong, it alone is kept.
     """
     found: dict[Keys, list[Any]] = {}
     for item in error.errors(include_url=False):
@@ -167,7 +91,9 @@ def node_at(root: Node, keys: Keys) -> Node:
     """Return the node at `keys`, or the last one on the way that is there."""
     for key in keys:
         inside = isinstance(root.value, dict) and key in root.value
-        if not inside and not (isinstance(root.value, list) and isinstance(key, int) and key < len(root.value)):
+        if not inside and not (
+            isinstance(root.value, list) and isinstance(key, int) and key < len(root.value)
+        ):
             break
         root = root.value[key]
     return root
@@ -178,8 +104,16 @@ def dotted(keys: Keys) -> str:
     return ".".join(map(str, keys))
 
 
+def written(node: Node) -> str:
+    """Return a node's value as it is written, a number in its own digits."""
+    number = isinstance(node.value, (int, float)) and not isinstance(node.value, bool)
+    return node.text if number and node.text else shown(plain(node))
+
+
 def shown(value: Any) -> str:
     """Return a value as YAML on one line, shortened when it is long."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
+        value = int(value)
     try:
         text = to_yaml(value, flow=True)
     except yaml.YAMLError:  # a value from Python that YAML has no form for
@@ -212,7 +146,9 @@ def _options(slot: Slot) -> Iterator[Slot]:
     annotation, metadata = slot.annotation, slot.metadata
     if get_origin(annotation) is Annotated:
         annotation, *inner = get_args(annotation)
-        constraints = [c for each in inner for c in (each.metadata if isinstance(each, FieldInfo) else [each])]
+        constraints = [
+            c for each in inner for c in (each.metadata if isinstance(each, FieldInfo) else [each])
+        ]
         yield from _options(Slot(annotation, (*metadata, *constraints)))
     elif get_origin(annotation) in (Union, types.UnionType):
         for branch in get_args(annotation):
@@ -261,7 +197,9 @@ def _inside(slot: Slot, node: Node, key: str | int) -> Iterator[Slot]:
             yield Slot(field.annotation, tuple(field.metadata), _WORDS.get((spec, name), ()))
     for option in _options(slot):
         if get_origin(option.annotation) is list and isinstance(key, int):
-            yield Slot(get_args(option.annotation)[0], words=tuple(w for w in slot.words if "list of" not in w))
+            yield Slot(
+                get_args(option.annotation)[0], words=tuple(w for w in slot.words if "list of" not in w)
+            )
         elif get_origin(option.annotation) is dict:
             yield Slot(get_args(option.annotation)[1])
 
@@ -271,9 +209,13 @@ def _allowed(slot: Slot) -> list[str]:
     if slot.words:
         return list(slot.words)
     options = list(_options(slot))
-    literals = [shown(word) for o in options if get_origin(o.annotation) is Literal for word in get_args(o.annotation)]
+    literals = [
+        shown(word) for o in options if get_origin(o.annotation) is Literal for word in get_args(o.annotation)
+    ]
     nulls = ["null" for o in options if o.annotation is type(None)]
-    others = [o for o in options if get_origin(o.annotation) is not Literal and o.annotation is not type(None)]
+    others = [
+        o for o in options if get_origin(o.annotation) is not Literal and o.annotation is not type(None)
+    ]
     return list(dict.fromkeys([*literals, *nulls, *(word for o in others for word in _kinds(o))]))
 
 
@@ -283,7 +225,7 @@ def _kinds(slot: Slot) -> list[str]:
     if table := _table(slot):
         return list(table.specs)
     if origin is list:
-        return [f"a list of {listed(_allowed(Slot(get_args(annotation)[0])))}{_length(slot.metadata)}"]
+        return [f"a list of {_many(Slot(get_args(annotation)[0]), slot.metadata)}"]
     if origin is dict:
         inner = get_args(annotation)[1]
         return ["a mapping" if inner is Any else f"a mapping from names to {listed(_allowed(Slot(inner)))}"]
@@ -295,19 +237,29 @@ def _kinds(slot: Slot) -> list[str]:
 
 
 def _bounds(metadata: Iterable[Any]) -> str:
-    found = {name: getattr(each, name) for each in metadata for name in ("gt", "ge", "lt", "le") if hasattr(each, name)}
+    found = _constraints(metadata, ("gt", "ge", "lt", "le"))
     if found.keys() == {"ge", "le"}:
         return f" from {found['ge']:g} to {found['le']:g}"
     words = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
     return " and".join(f" {words[name]} {bound:g}" for name, bound in found.items())
 
 
-def _length(metadata: Iterable[Any]) -> str:
-    found = {name: getattr(each, name) for each in metadata for name in ("min_length", "max_length") if hasattr(each, name)}
-    least, most = found.get("min_length"), found.get("max_length")
-    if most is None:
-        return ", not empty" if least else ""
-    return f", {most} of them" if least == most else f", {least} to {most} of them"
+def _many(slot: Slot, metadata: Iterable[Any]) -> str:
+    """Return how many items of what kind a list takes: `2 numbers`, `1 to 2 texts`."""
+    found = _constraints(metadata, ("min_length", "max_length"))
+    least, most = found.get("min_length", 0), found.get("max_length")
+    count = "" if most is None else f"{most} " if least == most else f"{least} to {most} "
+    kind = (
+        listed(_allowed(slot))
+        .replace("text", "texts")
+        .replace("a number", "numbers")
+        .replace("a section", "sections")
+    )
+    return f"{count}{kind}{', not empty' if least and most is None else ''}"
+
+
+def _constraints(metadata: Iterable[Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(each, name) for each in metadata for name in names if hasattr(each, name)}
 
 
 def _wrong_value(keys: Keys, root: Node, messages: list[str]) -> Problem:
@@ -317,12 +269,20 @@ def _wrong_value(keys: Keys, root: Node, messages: list[str]) -> Problem:
     if messages and isinstance(value, dict) and any(True for _ in _specs(slot, node)):
         return _keys_conflict(keys, node, messages[0])
     allowed = _allowed(slot)
-    hints = [_hint(value, slot, allowed), *(m for m in messages if not m.startswith(("choose", "a duration is written", "a rate is")))]
-    return Problem(node.place, dotted(keys), (f"given {shown(value)}; allowed: {listed(allowed)}", *(h for h in hints if h)))
+    hints = [
+        _hint(node, slot, allowed),
+        *(m.partition("; choose")[0] for m in messages if not m.startswith(_SAID)),
+    ]
+    return Problem(
+        node.place,
+        dotted(keys),
+        (f"given {written(node)}; allowed: {listed(allowed)}", *(h for h in hints if h)),
+    )
 
 
-def _hint(value: Any, slot: Slot, allowed: list[str]) -> str | None:
+def _hint(node: Node, slot: Slot, allowed: list[str]) -> str | None:
     """Return what to do about a value of the wrong kind, where that can be told."""
+    value = plain(node)
     takes = {option.annotation for option in _options(slot)}
     if isinstance(value, str):
         if bool in takes and value.lower() in ("yes", "on", "no", "off", "true", "false"):
@@ -330,34 +290,38 @@ def _hint(value: Any, slot: Slot, allowed: list[str]) -> str | None:
         other, _ = read_yaml(value, "")
         if takes & {int, float, Rate} and other is not None and isinstance(other.value, (int, float)):
             return f"without the quotes it is a number: {value}"
+        items = [Slot(get_args(each)[0]) for each in takes if get_origin(each) is list]
+        if any((table := _table(o)) and value in table.specs for item in items for o in _options(item)):
+            return f"write a list: [{value}]"
         match = nearest(value, [word for word in allowed if " " not in word])
         return f"did you mean '{match}'?" if match else None
     if isinstance(value, (int, float)) and not isinstance(value, bool) and Duration in takes:
         return f"for example {value:g} epochs"
     if isinstance(value, (int, float)) and str in takes and not takes & {int, float}:
-        return f"in quotes it is text: '{shown(value)}'"
-    if value is None and any(_is_spec(each) for each in takes):
-        return "remove the line, or write keys below it"
+        return f"in quotes it is text: '{written(node)}'"
+    if value is None:
+        section = any(_is_spec(each) for each in takes)
+        return "remove the line, or write keys below it" if section else "leave the key out for its default"
     return None
 
 
 def _keys_conflict(keys: Keys, node: Node, message: str) -> Problem:
     """Return the complaint of a spec about several of its keys, at the last of them that is written."""
-    written = [key for key in re.findall(r"`(\w+)`", message) if key in node.value]
-    written.sort(key=lambda key: (node.value[key].place.order, node.value[key].place.line))
-    if not written:
+    given_keys = [key for key in re.findall(r"`(\w+)`", message) if key in node.value]
+    given_keys.sort(key=lambda key: (node.value[key].place.order, node.value[key].place.line))
+    if not given_keys:
         return Problem(node.place, dotted(keys), (message,))
     reason, _, remedy = message.partition(": ")
-    last = written.pop()
-    given = f"given {shown(plain(node.value[last]))}"
-    others = [f"{dotted((*keys, k))}: {shown(plain(node.value[k]))} ({node.value[k].place})" for k in written]
+    last = given_keys.pop()
+    given = f"given {written(node.value[last])}"
+    others = [f"{dotted((*keys, k))}: {written(node.value[k])} ({node.value[k].place})" for k in given_keys]
     lines = (", with ".join([given, *others]), reason, remedy)
     return Problem(node.value[last].place, dotted((*keys, last)), tuple(line for line in lines if line))
 
 
 def _missing(keys: Keys, root: Node) -> Problem:
     slot = _slot_at(keys, root)
-    allowed = f"missing; allowed: {listed(_allowed(slot))}" if slot else "missing"
+    allowed = f"{MISSING}; allowed: {listed(_allowed(slot))}" if slot else MISSING
     return Problem(node_at(root, keys[:-1]).place, dotted(keys), (allowed,))
 
 
@@ -372,16 +336,17 @@ def _unknown_name(keys: Keys, root: Node) -> Problem:
     node, slot = node_at(root, keys), _slot_at(keys, root)
     table = next(t for option in _options(slot) if (t := _table(option)))  # type: ignore[arg-type]
     value = node.value.get("name") if isinstance(node.value, dict) else node
-    names = ", ".join(table.specs)
+    names = listed(list(table.specs))
     if value is None:
-        return Problem(node.place, dotted((*keys, "name")), (f"missing; allowed: {names}",))
+        return Problem(node.place, dotted((*keys, "name")), (f"{MISSING}; allowed: {names}",))
     name = plain(value)
     key = dotted((*keys, "name")) if value is not node else dotted(keys)
-    lines = [f"given {shown(name)}; allowed: {names}"]
-    alias = _ALIASES.get(str(keys[0]), {}).get(str(name).lower().replace("-", "_"))
-    if alias:
-        lines.append(f"here it is called {alias}")
-    elif isinstance(name, str) and (match := nearest(name, table.specs)):
+    lines = [f"given {written(value)}; allowed: {names}"]
+    aliases = ALIASES.get(str(keys[0]), {})
+    match = nearest(str(name).replace("-", "_"), [*table.specs, *aliases])
+    if match in aliases:
+        lines.append(f"here it is called {aliases[match]}")
+    elif match:
         lines.append(f"did you mean '{match}'?")
     return Problem(value.place, key, tuple(lines))
 
@@ -394,36 +359,43 @@ def _unknown_key(keys: Keys, root: Node) -> Problem:
         lines = [elsewhere]
     else:
         deeper = {f"{home}.{name}".lstrip("."): name for home, name in _sections(Slot(Recipe))}
-        far = None if match else nearest(key, deeper.values())
+        far = None if match else next(iter(get_close_matches(key, deeper.values(), n=1, cutoff=0.8)), None)
         lines = [f"did you mean '{match}'?"] if match else []
-        lines += [f"did you mean {listed([path for path, name in deeper.items() if name == far])}?"] if far else []
+        lines += (
+            [f"did you mean {listed([path for path, name in deeper.items() if name == far])}?"] if far else []
+        )
         lines.append(f"allowed: {', '.join(known if section else ['extends', *known])}")
-    return Problem(node.place, dotted(keys), (f"unknown key, given {shown(plain(node))}", *lines))
+    return Problem(node.place, dotted(keys), (f"unknown key, given {written(node)}", *lines))
 
 
 def _elsewhere(key: str, section: Keys, root: Node) -> str | None:
-    """Say where an unknown key belongs: to another spec of the table, to another section, or by another name."""
+    """Say where an unknown key belongs: to another spec of its table, to another section, by another name."""
     slot = _slot_at(section, root)
     for table in [t for option in _options(slot) if (t := _table(option))] if slot else []:
         owners = [name for name, spec in table.specs.items() if key in _fields(spec)]
         if owners:
-            return f"{key} is an option of {listed(owners)}, not of {table.name_of(plain(node_at(root, section)))}"
+            name = table.name_of(plain(node_at(root, section)))
+            return f"{key} is an option of {listed(owners)}, not of {name}"
     homes = list(dict.fromkeys(home for home, name in _sections(Slot(Recipe)) if name == key and home))
     if homes:
         return f"it belongs under {listed([f'{home}:' for home in homes])}"
     bare = key.lower().replace("-", "_")
-    if bare in _FOREIGN and _FOREIGN[bare] != dotted(section):
-        return f"here it is called {_FOREIGN[bare]}"
-    return _DERIVED.get(bare)
+    if bare in RENAMED and RENAMED[bare] != dotted(section):
+        return f"here it is called {RENAMED[bare]}"
+    return DERIVED.get(bare)
 
 
 def _sections(slot: Slot, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (section, key) for every key that belongs to one section; the items of lists have no place of their own."""
+    """Yield (section, key) for every key of every section; items of lists have no place of their own."""
     for option in _options(slot):
         table = _table(option)
-        for spec in table.specs.values() if table else [option.annotation] if _is_spec(option.annotation) else []:
+        for spec in (
+            table.specs.values() if table else [option.annotation] if _is_spec(option.annotation) else []
+        ):
             for name, (_, field) in _fields(spec).items():
                 if name != "name":
                     yield path, name
                 if get_origin(field.annotation) is not list:
-                    yield from _sections(Slot(field.annotation, tuple(field.metadata)), f"{path}.{name}" if path else name)
+                    yield from _sections(
+                        Slot(field.annotation, tuple(field.metadata)), f"{path}.{name}" if path else name
+                    )

@@ -17,10 +17,11 @@ from hf_finetune.optim import OptimizerSpec
 from hf_finetune.recipe_errors import Place
 from hf_finetune.schedule import SCHEDULES, Cosine, ScheduleSpec
 from hf_finetune.spec import Auto, Spec
-from hf_finetune.strategies import STRATEGIES, StrategySpec
+from hf_finetune.strategies import STRATEGIES
+from hf_finetune.strategies.base import StrategySpec
 
 SHORT_FORMS = {"backbone": "id", "data": "path", "strategy": "name", "optimizer": "name", "schedule": "name"}
-"""Section -> the key that a bare value stands for: `backbone: timm/resnet18` is `backbone: {id: timm/resnet18}`."""
+"""Section -> the key a bare value stands for: `backbone: timm/x` is `backbone: {id: timm/x}`."""
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 TaskName = Literal["auto", "image-classification", "text-classification"]
@@ -63,7 +64,11 @@ class OneOf:
     """Marks a field that holds one of several specs, told apart by `name`; a bare text is the name."""
 
     def __init__(
-        self, specs: Mapping[str, type[Spec]], *, default: str | None = None, by_key: Mapping[str, str] | None = None
+        self,
+        specs: Mapping[str, type[Spec]],
+        *,
+        default: str | None = None,
+        by_key: Mapping[str, str] | None = None,
     ) -> None:
         self.specs = specs
         self.default = default
@@ -73,7 +78,9 @@ class OneOf:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         # In angle brackets a label in an error's path cannot be taken for a key of the recipe.
         choices: dict[Any, CoreSchema] = {f"<{n}>": handler.generate_schema(s) for n, s in self.specs.items()}
-        union = core_schema.tagged_union_schema(choices, discriminator=lambda value: f"<{self.name_of(value)}>")
+        union = core_schema.tagged_union_schema(
+            choices, discriminator=lambda value: f"<{self.name_of(value)}>"
+        )
         return core_schema.no_info_before_validator_function(
             lambda value: {"name": value} if isinstance(value, str) else value, union
         )
@@ -125,9 +132,9 @@ class Recipe(Spec):
 
     @property
     def name(self) -> str:
-        """The name of the file the recipe came from, without its ending; for a recipe from Python its strategy's."""
+        """The name of the recipe's file without its ending; for a recipe from Python its strategy's."""
         return self._origin.name or self.strategy.name
 
     def where(self, key: str) -> str:
-        """Return where a dotted key was written, for errors: `recipes/x.yaml:12: data.path` or `default: data.path`."""
+        """Return where a dotted key was written: `recipes/x.yaml:12: data.path` or `default: data.path`."""
         return f"{self._origin.places.get(key, DEFAULT)}: {key}"

@@ -1,6 +1,6 @@
 """YAML that remembers where every value was written.
 
-Scalars follow YAML 1.2: `1e-3` is a number and `yes` is text (PyYAML, which follows 1.1, has both the other way round).
+Scalars follow YAML 1.2: `1e-3` is a number and `yes` is text (PyYAML follows 1.1: the other way round).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ class Node:
     """A scalar, a list of nodes, or a dict from text to nodes."""
     place: Place
     """For a value in a mapping, the place of its key."""
+    text: str = ""
+    """A scalar as it is written."""
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -31,7 +33,8 @@ _PATTERNS = {  # YAML 1.2.2, section 10.3.2
     "null": r"(?:null|Null|NULL|~|)",
     "bool": r"(?:true|True|TRUE|false|False|FALSE)",
     "int": r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)",
-    "float": r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))",
+    "float": r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))",
 }
 _READ: dict[str, Callable[[str], Any]] = {
     "null": lambda text: None,
@@ -62,7 +65,9 @@ for _name, _pattern in _PATTERNS.items():
         _class.add_implicit_resolver(_TAG + _name, re.compile(f"^{_pattern}$"), None)
 
 
-def read_yaml(text: str, source: str, *, order: int = 0, lines: bool = True) -> tuple[Node | None, list[Problem]]:
+def read_yaml(
+    text: str, source: str, *, order: int = 0, lines: bool = True
+) -> tuple[Node | None, list[Problem]]:
     """Parse one YAML document: its root, None when it is empty or no YAML, and what is wrong with it.
 
     `lines` is False for a source that has none, such as the command line.
@@ -83,7 +88,9 @@ def read_yaml(text: str, source: str, *, order: int = 0, lines: bool = True) -> 
     except yaml.reader.ReaderError as error:
         line_number = text.count("\n", 0, error.position) + 1 if lines else 0
         what = f"not text: it holds the control character {error.character:#04x}"
-        return None, [Problem(Place(source, line_number, order), "", (what, "save the file as plain UTF-8 text"))]
+        return None, [
+            Problem(Place(source, line_number, order), "", (what, "save the file as plain UTF-8 text"))
+        ]
     finally:
         if loader is not None:
             loader.dispose()
@@ -93,7 +100,12 @@ def read_yaml(text: str, source: str, *, order: int = 0, lines: bool = True) -> 
 def to_yaml(value: Any, *, flow: bool = False) -> str:
     """Write plain data as YAML that `read_yaml` reads back; `flow` writes it on one line."""
     text = yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow or False, width=2**31
+        value,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=flow or False,
+        width=2**31,
     )
     return text.removesuffix("\n").removesuffix("\n...") if flow else text
 
@@ -131,17 +143,21 @@ def walk(node: Node, key: str = "") -> Iterator[tuple[str, Node]]:
         yield from walk(child, inner)
 
 
-_SYNTAX = (  # part of PyYAML's message, whether its context is the place to look at, what is wrong, what to do
+# Part of PyYAML's message, whether its context is the place to look at, what is wrong, what to do.
+_SYNTAX = (
     ("'\\t'", False, "a tab in the indent", "indent with spaces"),
     ("mapping values are not allowed", False, "the line does not continue the one above",
      "align it with its neighbours, and check the line above for a missing ':'"),
-    ("expected <block end>", False, "the indent does not fit the lines above", "align the line with its neighbours"),
+    ("expected <block end>", False, "the indent does not fit the lines above",
+     "align the line with its neighbours"),
     ("could not find expected ':'", True, "a line without ': '", "write KEY: VALUE"),
     ("unexpected end of stream", True, "a quote that is not closed", "close it"),
     ("expected ',' or", True, "a bracket that is not closed, or a missing comma",
      "close it with ] or }, and put text that holds brackets or commas in quotes"),
-    ("expected the node content", True, "a bracket that is not closed, or a missing value", "close it with ] or }"),
-    ("found undefined alias", False, "an alias (*name) without its anchor (&name)", "put text that starts with * in quotes"),
+    ("expected the node content", True, "a bracket that is not closed, or a missing value",
+     "close it with ] or }"),
+    ("found undefined alias", False, "an alias (*name) without its anchor (&name)",
+     "put text that starts with * in quotes"),
     ("but found another document", False, "a second document begins here", "keep one document in a file"),
     ("cannot start any token", False, "a value cannot start with this character", "put the value in quotes"),
 )  # fmt: skip
@@ -169,7 +185,9 @@ def _construct(
 ) -> Node:
     place = at(node.start_mark)
     if id(node) in outer:
-        problems.append(Problem(place, key, ("an alias refers to the value it stands in", "write the value out")))
+        problems.append(
+            Problem(place, key, ("an alias refers to the value it stands in", "write the value out"))
+        )
         return Node(None, place)
     inner = (*outer, id(node))
     if isinstance(node, yaml.SequenceNode):
@@ -180,15 +198,25 @@ def _construct(
     read = _READ.get(node.tag.removeprefix(_TAG))
     try:
         if read is not None:
-            return Node(read(node.value), place)
+            return Node(read(node.value), place, node.value)
     except ValueError:
         pass
-    problems.append(Problem(place, key, (f"given the tag {node.tag.replace(_TAG, '!!')}, which a recipe has no use for", "remove it")))
+    problems.append(
+        Problem(
+            place,
+            key,
+            (f"given the tag {node.tag.replace(_TAG, '!!')}, which a recipe has no use for", "remove it"),
+        )
+    )
     return Node(None, place)
 
 
 def _construct_mapping(
-    node: yaml.MappingNode, key: str, outer: tuple[int, ...], at: Callable[[Any], Place], problems: list[Problem]
+    node: yaml.MappingNode,
+    key: str,
+    outer: tuple[int, ...],
+    at: Callable[[Any], Place],
+    problems: list[Problem],
 ) -> dict[str, Node]:
     mapping: dict[str, Node] = {}
     for name_node, value_node in node.value:

@@ -43,7 +43,7 @@ class MatchSpec(Spec):
 def _check_selector(value: str) -> str:
     if value in _WORDS or _COUNTED.match(value) or _BLOCK.match(value):
         return value
-    raise ValueError(f"choose from {', '.join(SELECTORS)}.{did_you_mean(value, _WORDS)}")
+    raise ValueError(f"'{value}' is no selector; choose from {', '.join(SELECTORS)}.{did_you_mean(value, _WORDS)}")
 
 
 class PlateauSpec(Spec):

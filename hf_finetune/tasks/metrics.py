@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Compute = Callable[["np.ndarray", "np.ndarray"], float]
-"""(labels, logits) -> value: labels (N,) classes or values, or (N, classes) of 0 and 1; logits (N, outputs)."""
+"""(labels, logits) -> value: labels (N,) or (N, classes) of 0 and 1, logits (N, outputs)."""
 
 EVALUATE_PREFIX = "evaluate/"
 """`evaluate/<name>` asks Hugging Face's `evaluate` for a metric that is not in the table."""
