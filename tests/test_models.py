@@ -13,6 +13,7 @@ import timm
 import tiny
 import torch
 import transformers
+from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from hf_finetune.data.labels import Labels
@@ -38,7 +39,7 @@ FAMILIES: dict[str, tuple[str, int, set[str], set[str], str]] = {
     "timm-resnet": ("cnn", 4, {"fc"}, {"fc"}, "bn1.weight"),
     "timm-mobilenetv2": ("cnn", 8, {"classifier"}, {"classifier"}, "conv_stem.weight"),
     "timm-mobilenetv3": ("cnn", 7, {"classifier"}, {"classifier"}, "conv_stem.weight"),
-    "timm-efficientnet": ("cnn", 7, {"classifier"}, {"classifier"}, "conv_stem.weight"),
+    "timm-efficientnet": ("cnn", 6, {"classifier"}, {"classifier"}, "conv_stem.weight"),
     "timm-convnext": ("cnn", 4, {"head.norm", "head.fc"}, {"head.fc"}, "stem.0.weight"),
     "timm-vit": ("vit", 2, {"norm", "head"}, {"head"}, "pos_embed"),
     "timm-deit": ("vit", 2, {"norm", "head", "head_dist"}, {"head", "head_dist"}, "dist_token"),
@@ -197,7 +198,7 @@ def modules_of(names) -> set[str]:
 
 @families
 def test_layer_groups(folders, family):
-    """Every parameter lies in exactly one group; groups run from stem to head; the head holds what belongs there."""
+    """Every parameter lies in one group; groups run from stem to head; the head holds what belongs there."""
     backbone = load(folders(family), family)
     anatomy = backbone.anatomy
     kind, blocks, head, new, in_stem = FAMILIES[family]
@@ -214,7 +215,7 @@ def test_layer_groups(folders, family):
 
 @families
 def test_what_a_parameter_is(folders, family):
-    """Norms are known by module type, biases by name; neither decays, nor do tokens and tables of positions."""
+    """Norms are known by type, biases by name; neither decays, nor do tokens and tables of positions."""
     backbone = load(folders(family), family)
     norms = (torch.nn.LayerNorm, torch.nn.BatchNorm2d, torch.nn.GroupNorm, torch.nn.RMSNorm)
     inside = {id(t) for m in backbone.model.modules() if isinstance(m, norms) for t in m.parameters()}
@@ -267,11 +268,11 @@ def test_everything_else_is_loaded(folders, family):
 
 @families
 def test_saved_and_loaded_again_it_gives_equal_outputs(folders, family, tmp_path):
-    """By its own library, with the label names; and by us, who keep the head because the labels are the same."""
+    """By its own library, with the label names; and by ours, with the head kept: the labels are the same."""
     backbone = load(folders(family), family, head_init="library")
+    expected = logits(backbone, family)
     backbone.model.to(memory_format=torch.channels_last)
     save_backbone(backbone, tmp_path, LABELS)
-    expected = logits(backbone, family)
     assert expected.abs().max() > 0
 
     ours = load(tmp_path, family)
@@ -306,7 +307,7 @@ def test_saved_and_loaded_again_it_gives_equal_outputs(folders, family, tmp_path
 
 @families
 def test_module_groups(folders, family):
-    """Every module but the containers that span groups has one; every parameter's module has the parameter's."""
+    """Every module but the containers that span groups has one, and it is that of its parameters."""
     backbone = load(folders(family), family)
     homes = module_groups(backbone.model, backbone.anatomy)
     for parameter in backbone.anatomy.parameters:
@@ -433,6 +434,89 @@ def test_a_checkpoint_without_a_head(tmp_path):
     assert backbone.report.new == ("classifier.weight", "classifier.bias")
 
 
+def test_distilled_transformers_have_two_output_layers(tmp_path):
+    """Their logits are the mean of both heads, so both start at zero."""
+    config = transformers.DeiTConfig(**tiny.VISION["deit"][1], num_labels=5)
+    with tiny.quiet():
+        transformers.DeiTForImageClassificationWithTeacher(config).save_pretrained(tmp_path)
+    tiny.image_processor().save_pretrained(tmp_path)
+    backbone = load(tmp_path, "vision-deit")
+
+    assert modules_of(backbone.report.new) == {"cls_classifier", "distillation_classifier"}
+    assert logits(backbone, "vision-deit").abs().max() == 0
+
+
+def test_a_decoder_classifies_by_its_last_token(tmp_path):
+    config = transformers.GPT2Config(
+        vocab_size=len(tiny.VOCABULARY), n_positions=40, n_embd=32, n_layer=2, n_head=2, eos_token_id=2
+    )
+    with tiny.quiet():
+        transformers.GPT2Model(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    backbone = load(tmp_path, "gpt2")
+
+    assert backbone.model.config.pad_token_id == 1
+    assert backbone.anatomy.groups == ("stem", "block.0", "block.1", HEAD)
+    assert modules_of(backbone.anatomy.names_in({HEAD})) == {"transformer.ln_f", "score"}
+    assert logits(backbone, "gpt2").shape == (3, 3)
+
+
+def test_an_encoder_and_a_decoder_are_one_stack(tmp_path):
+    config = transformers.BartConfig(
+        vocab_size=len(tiny.VOCABULARY),
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=40,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    with tiny.quiet():
+        transformers.BartModel(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    anatomy = load(tmp_path, "bart").anatomy
+
+    assert anatomy.groups == ("stem", "block.0", "block.1", "block.2", "block.3", HEAD)
+    assert "model.decoder.embed_positions.weight" in anatomy.names_in({"block.2"})
+
+
+def test_sharded_weights(folders, tmp_path):
+    with tiny.quiet():
+        transformers.AutoModel.from_pretrained(folders("bert")).save_pretrained(
+            tmp_path, max_shard_size="20KB"
+        )
+    tiny.tokenizer().save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert load(tmp_path, "bert").report.share == 1.0
+
+
+def test_pipelines_read_what_is_saved(folders, tmp_path):
+    """A saved model works in transformers' pipelines, timm's too, under the data's label names."""
+    save_backbone(load(folders("timm-resnet")), tmp_path / "image", LABELS)
+    save_backbone(load(folders("bert"), "bert"), tmp_path / "text", LABELS)
+    with tiny.quiet():
+        image = transformers.pipeline("image-classification", model=str(tmp_path / "image"))
+        text = transformers.pipeline("text-classification", model=str(tmp_path / "text"))
+        found = image(Image.new("RGB", (50, 40))), text("good film", top_k=None)
+    for rows in found:
+        assert {row["label"] for row in rows} == set(LABELS.names)
+        assert [row["score"] for row in rows] == pytest.approx([1 / 3] * 3)
+
+
+def test_code_in_a_repository_is_not_run_unasked(folders, tmp_path):
+    shutil.copytree(folders("bert"), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    (tmp_path / "own.py").write_text("raise SystemExit('this must not run')")
+    with pytest.raises(ModelError, match=r"'own' is not part of transformers.*trust_remote_code: true"):
+        load(tmp_path, "bert")
+
+
 def test_half_precision_weights_are_trained_in_float32(folders, tmp_path):
     shutil.copytree(folders("bert"), tmp_path, dirs_exist_ok=True)
     stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
@@ -461,7 +545,7 @@ def test_options_reach_the_constructor(folders, tmp_path):
 
 
 def test_saved_model_args_are_honoured(tmp_path):
-    """The checkpoint's constructor arguments (padding, BatchNorm's eps) come back on loading and on saving."""
+    """The checkpoint's constructor arguments (padding, BatchNorm's eps) survive loading and saving."""
     source = tmp_path / "source"
     model = timm.create_model("mobilenetv2_035", num_classes=0, pad_type="same", bn_eps=1e-2)
     args = {"pad_type": "same", "bn_eps": 1e-2}
@@ -642,7 +726,7 @@ def _other_shapes(folder: Path) -> None:
         ("bert", _pickled, ["pytorch_model.bin", "only safetensors are loaded"]),
         ("timm-vit", _truncated, ["cannot be read"]),
         ("bert", _truncated, ["cannot be read"]),
-        ("bert", _no_tokenizer, ["no usable tokenizer"]),
+        ("bert", _no_tokenizer, ["tokenizer in", "has no words", "save_pretrained"]),
         ("vision-vit", _no_processor, ["no usable image processor", "preprocessor_config.json"]),
         (
             "timm-vit",
@@ -682,7 +766,7 @@ def test_the_recipe_may_allow_little(folders, family, tmp_path):
     ("spec", "words"),
     [
         ({"id": "./no/such/folder"}, ["there is no such folder", "Hub id"]),
-        ({"id": "shipped/tiny-resnt"}, ["Did you mean 'tiny-resnet'?"]),
+        ({"id": "shipped/tiny-resnt"}, ["Did you mean 'shipped/tiny-resnet'?"]),
         (
             {"id": "nobody/nothing"},
             ["HF_HUB_OFFLINE=1 is set", "not in the Hub's cache", "shipped/tiny-resnet"],

@@ -16,6 +16,9 @@ from hf_finetune.models.backbone import ImageInput, TextInput
 UNLIMITED = 1_000_000
 """Length given when neither the positions nor the tokenizer set one (relative positions)."""
 _SENTINEL = 1e9  # tokenizers that know no limit say 1e30
+_SAVE_TOKENIZER = (
+    "Save one beside the model: `AutoTokenizer.from_pretrained(<original id>).save_pretrained(<folder>)`."
+)
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # PIL's numbering
 
 
@@ -109,9 +112,11 @@ def load_text_input(where: str, folder: Path, model: nn.Module, *, trust_remote_
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(
-            f"{where}: no usable tokenizer in {folder}: {_first_line(error)} Save one beside the model: "
-            "`AutoTokenizer.from_pretrained(<original id>).save_pretrained(<folder>)`."
+            f"{where}: no usable tokenizer in {folder}: {_first_line(error)} {_SAVE_TOKENIZER}"
         ) from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # Without its vocabulary file, transformers makes an empty tokenizer and says nothing.
+        raise ModelError(f"{where}: the tokenizer in {folder} has no words. {_SAVE_TOKENIZER}")
     config: Any = model.config
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:

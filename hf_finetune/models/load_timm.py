@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,13 +85,12 @@ def save(model: nn.Module, read: ImageInput, folder: Path, labels: Labels) -> No
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    channels_size = (3, *read.size)
     save_config_for_hf(
         model,
         str(folder / CONFIG),
         model_config={"label_names": list(labels.names), "problem_type": PROBLEM_TYPES[labels.kind]},
         data_config={
-            "input_size": channels_size,
+            "input_size": (3, *read.size),
             "mean": read.mean,
             "std": read.std,
             "crop_pct": read.crop_pct,
@@ -98,6 +98,12 @@ def save(model: nn.Module, read: ImageInput, folder: Path, labels: Labels) -> No
             "interpolation": read.interpolation,
         },
     )
+    # transformers' timm wrapper passes `num_classes` itself and fails on a second one; timm reads the root's.
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    for stale in ("label_names", "label_descriptions"):  # of the checkpoint we started from
+        config["pretrained_cfg"].pop(stale, None)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 PROBLEM_TYPES = {

@@ -50,7 +50,7 @@ def build(
     if type(config) not in auto._model_mapping and not remote:
         raise ModelError(
             f"{where}: transformers has no {modality} classification model of type '{source.architecture}'. "
-            f"Take another backbone.{_remote_hint(source)}"
+            f"Take another backbone.{_remote_hint(spec, source)}"
         )
     options = {key: value for key, value in spec.options.items() if key in _LOADING_OPTIONS}
     # Weights are kept in float32 whatever the checkpoint's type: lower precision is the loop's matter.
@@ -121,9 +121,11 @@ def _config(where: str, spec: BackboneSpec, source: Source, labels: Labels) -> t
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=spec.trust_remote_code)
     except Exception as error:
-        raise ModelError(
-            f"{where}: transformers cannot read its config.json: {_said(error)}{_remote_hint(source)}"
-        ) from error
+        if hint := _remote_hint(spec, source):
+            raise ModelError(
+                f"{where}: '{source.architecture}' is not part of transformers.{hint}"
+            ) from error
+        raise ModelError(f"{where}: transformers cannot read its config.json: {_said(error)}") from error
     for key, value in spec.options.items():
         if key in _LOADING_OPTIONS:
             continue
@@ -148,8 +150,8 @@ def _describe(config: Any, labels: Labels) -> None:
     config.problem_type = PROBLEM_TYPES[labels.kind]
 
 
-def _remote_hint(source: Source) -> str:
-    if not source.config.get("auto_map"):
+def _remote_hint(spec: BackboneSpec, source: Source) -> str:
+    if not source.config.get("auto_map") or spec.trust_remote_code:
         return ""
     return " It brings code of its own: read it, then set `backbone.trust_remote_code: true` and `revision`."
 
