@@ -132,6 +132,16 @@ def known_keys(keys: Keys, root: Node) -> list[str] | None:
     return [name for spec in specs for name in _fields(spec)] if specs else None
 
 
+def allowed_words(spec: type[Spec], name: str) -> list[str]:
+    """Return what a spec's field takes, in the words errors use."""
+    return _allowed(_slot_of(spec, name))
+
+
+def _slot_of(spec: type[Spec], name: str) -> Slot:
+    field = spec.model_fields[name]
+    return Slot(field.annotation, tuple(field.metadata), _WORDS.get((spec, name), ()))
+
+
 def _locate(item: Any, root: Node) -> Keys:
     """Return the place pydantic means: its `loc` without the labels of union branches, which are no keys."""
     keys: list[str | int] = []
@@ -193,8 +203,7 @@ def _slot_at(keys: Keys, root: Node) -> Slot | None:
 def _inside(slot: Slot, node: Node, key: str | int) -> Iterator[Slot]:
     for spec in _specs(slot, node):
         if isinstance(key, str) and key in _fields(spec):
-            name, field = _fields(spec)[key]
-            yield Slot(field.annotation, tuple(field.metadata), _WORDS.get((spec, name), ()))
+            yield _slot_of(spec, _fields(spec)[key][0])
     for option in _options(slot):
         if get_origin(option.annotation) is list and isinstance(key, int):
             yield Slot(
