@@ -50,8 +50,8 @@ STARTS: dict[str, dict[Family, Start]] = {
         "text": Start(3e-4, 0.01),
     },
     "full": {
-        "cnn": Start(3e-4, 0.05),
-        "vit": Start(1e-4, 0.05),
+        "cnn": Start(5e-5, 0.05),
+        "vit": Start(5e-5, 0.05),
         "text": Start(5e-5, 0.01),
     },
     "frozen": {
@@ -60,28 +60,28 @@ STARTS: dict[str, dict[Family, Start]] = {
         "text": Start(1e-3, 0.0, warmup_percent=0),
     },
     "discriminative": {
-        "cnn": Start(3e-3, 0.05, backbone=0.1),
-        "vit": Start(1e-3, 0.05, backbone=0.1),
+        "cnn": Start(3e-3, 0.05, backbone=0.02),
+        "vit": Start(1e-3, 0.05, backbone=0.05),
         "text": Start(5e-4, 0.01, backbone=0.1),
     },
     "layer_decay": {
-        "cnn": Start(1e-3, 0.05, layer_decay=0.8),
+        "cnn": Start(2e-4, 0.05, layer_decay=0.8),
         "vit": Start(5e-4, 0.05, layer_decay=0.75),
         "text": Start(1e-4, 0.01, layer_decay=0.8),
     },
     "gradual": {
-        "cnn": Start(3e-3, 0.05, backbone=0.1),
-        "vit": Start(1e-3, 0.05, backbone=0.1),
+        "cnn": Start(3e-3, 0.05, backbone=0.02),
+        "vit": Start(1e-3, 0.05, backbone=0.05),
         "text": Start(5e-4, 0.01, backbone=0.1),
     },
     "lp_ft": {
-        "cnn": Start(1e-2, 0.0, backbone=0.02),
+        "cnn": Start(1e-2, 0.0, backbone=0.005),
         "vit": Start(1e-3, 0.0, backbone=0.05),
         "text": Start(1e-3, 0.0, backbone=0.05),
     },
     "surgical": {
-        "cnn": Start(3e-3, 0.05, backbone=0.1),
-        "vit": Start(1e-3, 0.05, backbone=0.1),
+        "cnn": Start(3e-3, 0.05, backbone=0.02),
+        "vit": Start(1e-3, 0.05, backbone=0.05),
         "text": Start(5e-4, 0.01, backbone=0.1),
     },
     "bitfit": {
@@ -95,8 +95,8 @@ STARTS: dict[str, dict[Family, Start]] = {
         "text": Start(1e-3, 0.0),
     },
     "phases": {
-        "cnn": Start(3e-3, 0.05, backbone=0.1),
-        "vit": Start(1e-3, 0.05, backbone=0.1),
+        "cnn": Start(3e-3, 0.05, backbone=0.02),
+        "vit": Start(1e-3, 0.05, backbone=0.05),
         "text": Start(5e-4, 0.01, backbone=0.1),
     },
 }
