@@ -40,6 +40,7 @@ class TrainingSpec(Spec):
     """Length, batches, precision and what keeps training stable."""
 
     epochs: Annotated[float, Field(gt=0)] | None = 10
+    """Passes over the training rows."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps, instead of epochs."""
     batch_size: Annotated[int, Field(ge=1)] = 32
@@ -47,10 +48,15 @@ class TrainingSpec(Spec):
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Samples per device and forward pass; null = batch_size / processes."""
     precision: Precision = "auto"
+    """Number format of the forward pass; auto = the fastest this hardware does well."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of all gradients together; null clips nothing."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target spread over all classes."""
     ema: EmaSpec | None = None
+    """Keep an average of the weights, which is what is measured and kept; `{}` takes its defaults."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of splits, order, augmentation, dropout and new weights."""
 
     @model_validator(mode="before")
     @classmethod
@@ -107,16 +113,27 @@ class Recipe(Spec):
     """Everything about a run. `load_recipe` reads one from YAML, `parse_recipe` from plain data."""
 
     task: TaskName = "auto"
+    """auto = by what the data holds."""
     backbone: BackboneSpec = BackboneSpec()
+    """The pretrained network."""
     data: DataSpec = DataSpec()
+    """The examples."""
     augment: Preset | list[Annotated[AugmentationSpec, OneOf(AUGMENTATIONS)]] = "auto"
+    """Random views of the training examples."""
     strategy: Annotated[StrategySpec, OneOf(STRATEGIES, by_key={"phases": "phases"})]
+    """Which layers learn when."""
     optimizer: OptimizerSpec = OptimizerSpec()
+    """The update rule and its base rate."""
     schedule: Annotated[ScheduleSpec, OneOf(SCHEDULES, default="cosine")] = Cosine()
+    """The rate over time."""
     training: TrainingSpec = TrainingSpec()
+    """Length, batches, precision."""
     monitor: MonitorSpec = MonitorSpec()
+    """What is measured and what follows from it."""
     trackers: list[str] = []
+    """accelerate's own: tensorboard, wandb, trackio, mlflow …"""
     output: str | None = None
+    """The run folder; null = runs/<recipe>-<backbone>-<time>."""
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
