@@ -28,22 +28,23 @@ def mix(
     seed: int,
     epoch: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return images (N, 3, H, W) and float targets (N, …) with the pairs (0, 1), (2, 3), … mixed; inputs are left alone.
+    """Return images (N, 3, H, W) and float targets (N, …) with the pairs (0, 1), (2, 3), … mixed, as copies.
 
-    Both of a pair keep the share lam ~ Beta(alpha, alpha) of themselves, drawn from (seed, epoch, index of the first).
-    Where several augmentations are listed, each pair gets one, with equal odds. An odd last sample stays as it is.
+    Both of a pair keep the share lam ~ Beta(alpha, alpha) of themselves, drawn from (seed, epoch, index of
+    the first). Where several augmentations are listed, each pair gets one, with equal odds. An odd last
+    sample stays as it is.
     """
     pixel_values, targets = pixel_values.clone(), targets.clone()
     for first in range(0, len(indices) - 1, 2):
         rng = sample_generator(seed, epoch, indices[first], stream=MIXING)
-        chosen = mixing[rng.integers(len(mixing))]
+        chosen = mixing[int(rng.integers(len(mixing)))]
         if rng.random() >= chosen.p:
             continue
         lam = float(rng.beta(chosen.alpha, chosen.alpha))
         pair = slice(first, first + 2)
         images, labels = pixel_values[pair], targets[pair]
         if isinstance(chosen, Cutmix):
-            pixel_values[pair], lam = _exchange(images, lam, centre=rng.random(2))
+            pixel_values[pair], lam = _exchange(images, lam, centre=rng.random(2).tolist())
         else:
             pixel_values[pair] = torch.lerp(images.flip(0), images, lam)
         targets[pair] = torch.lerp(labels.flip(0), labels, lam)
@@ -51,7 +52,7 @@ def mix(
 
 
 def _exchange(images: Tensor, lam: float, centre: Sequence[float]) -> tuple[Tensor, float]:
-    """Exchange a rectangle of up to 1 - lam of the area between two images; return them and the share each kept."""
+    """Exchange a rectangle of up to 1 - lam of the area of two images; return them and the share kept."""
     height, width = images.shape[-2:]
     half = (1 - lam) ** 0.5 / 2
     top, bottom = (round(min(max(centre[0] + side, 0.0), 1.0) * height) for side in (-half, half))

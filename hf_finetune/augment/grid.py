@@ -22,9 +22,10 @@ FIGURE_COLOUR = "white"
 
 
 def save_augment_grid(train_set: TrainSet, path: Path, *, samples: int = 8, views: int = 6) -> None:
-    """Write a PNG of `samples` training rows, each next to `views` augmented views: those of the first epochs.
+    """Write a PNG of `samples` training rows, each next to its views of the first `views` epochs.
 
-    Images are shown as the model receives them, mixed pairs included (rows 0 and 1, 2 and 3, …); of texts the words.
+    Images are shown as the model receives them, mixed pairs included (rows 0 and 1, 2 and 3, …); of texts the
+    words.
     """
     indices = _spread(train_set, samples)
     draw = _draw_images if isinstance(train_set.input, ImageInput) else _draw_texts
@@ -45,7 +46,10 @@ def _draw_images(train_set: TrainSet, indices: list[int], views: int) -> Figure:
     columns = [("original", originals, targets)]
     mixing = mixers(train_set.augmentations)
     for epoch in range(views):
-        pixels, mixed = torch.stack([train_set.view(epoch, index)["pixel_values"] for index in indices]), targets
+        pixels, mixed = (
+            torch.stack([train_set.view(epoch, index)["pixel_values"] for index in indices]),
+            targets,
+        )
         if mixing:
             pixels, mixed = mix(pixels, targets, indices, mixing=mixing, seed=train_set.seed, epoch=epoch)
         columns.append((f"epoch {epoch + 1}", pixels, mixed))
@@ -68,16 +72,22 @@ def _draw_texts(train_set: TrainSet, indices: list[int], views: int) -> Figure:
     for index in indices:
         row = train_set.rows[index]
         label = "" if train_set.targets is None else _label_words(train_set, train_set.targets[index])
-        lines.append(f"[{label}]  " + "  ||  ".join(row[name] for name in ("text", "text_pair") if name in row))
-        lines += [f"    {epoch + 1}:  " + "  ||  ".join(train_set.words(epoch, index)) for epoch in range(views)]
-    text = "\n".join(textwrap.shorten(line, 150, placeholder=" …") if line[0] == "[" else line[:150] for line in lines)
+        lines.append(
+            f"[{label}]  " + "  ||  ".join(row[name] for name in ("text", "text_pair") if name in row)
+        )
+        lines += [
+            f"    {epoch + 1}:  " + "  ||  ".join(train_set.words(epoch, index)) for epoch in range(views)
+        ]
+    text = "\n".join(
+        textwrap.shorten(line, 150, placeholder=" …") if line[0] == "[" else line[:150] for line in lines
+    )
     figure = Figure(figsize=(14, 0.157 * len(lines) + 0.7))
     figure.text(0.01, 1 - 0.5 / (0.157 * len(lines) + 0.7), text, family="monospace", fontsize=9, va="top")
     return figure
 
 
 def _label_words(train_set: TrainSet, label: torch.Tensor) -> str:
-    """Return a label as people read it: its name, the names with their shares when it is mixed, or the number."""
+    """Return a label as people read it: its name, several with their shares, or the number."""
     labels = train_set.labels
     if labels.kind == "regression":
         return f"{float(label):.3g}"

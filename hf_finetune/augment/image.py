@@ -31,10 +31,14 @@ def build_eval_transform(image_input: ImageInput) -> ImageTransform:
 
     The result is that of `timm.data.create_transform(..., is_training=False)` for the same configuration.
     """
-    return cast(ImageTransform, v2.Compose([*_resize(image_input), *_crop(image_input), *_normalise(image_input)]))
+    return cast(
+        ImageTransform, v2.Compose([*_resize(image_input), *_crop(image_input), *_normalise(image_input)])
+    )
 
 
-def build_train_transform(augmentations: Sequence[AugmentationSpec], image_input: ImageInput) -> ImageTransform:
+def build_train_transform(
+    augmentations: Sequence[AugmentationSpec], image_input: ImageInput
+) -> ImageTransform:
     """Return PIL RGB -> float32 (3, H, W) with the image augmentations of the list in their order.
 
     Without a random crop in the list the evaluation resize and crop come first. Call it inside `sample_rng`.
@@ -58,7 +62,7 @@ def denormalise(pixel_values: Tensor, image_input: ImageInput) -> Tensor:
     return (pixel_values * std + mean).clamp(0, 1)
 
 
-# ---- evaluation: the cases of timm.data.transforms_factory.transforms_imagenet_eval ------------------------------
+# ---- evaluation: the cases of timm.data.transforms_factory.transforms_imagenet_eval ------------------------
 
 
 def _scaled_size(image_input: ImageInput) -> tuple[int, int]:
@@ -97,7 +101,7 @@ def _mean_colour(image_input: ImageInput) -> list[int]:
 
 
 class _ResizeKeepingShape:
-    """Resize so that the short side (fit=min) or the long side (fit=max) takes up `size` (timm's ResizeKeepRatio)."""
+    """Resize so that the short (fit=min) or long side (fit=max) takes up `size` (timm's ResizeKeepRatio)."""
 
     def __init__(
         self, size: tuple[int, int], interpolation: v2.InterpolationMode, fit: Callable[..., float]
@@ -122,7 +126,7 @@ class _PadTo:
         return F.pad(image, edges, fill=self.fill) if any(edges) else image
 
 
-# ---- training: a line of BUILDERS for each image augmentation ----------------------------------------------------
+# ---- training: a line of BUILDERS for each image augmentation ----------------------------------------------
 
 
 def _random_resized_crop(spec: specs.RandomResizedCrop, image_input: ImageInput) -> list[Step]:

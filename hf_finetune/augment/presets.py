@@ -27,7 +27,7 @@ from hf_finetune.errors import RecipeError
 
 Modality = Literal["image", "text"]
 SMALL_SIDE = 64
-"""Images up to this many pixels are often signs (digits, letters, symbols); a flip makes other signs of them."""
+"""Images up to this many pixels are often digits, letters or symbols, which a flip makes unreadable."""
 
 PRESETS: dict[str, dict[str, list[AugmentationSpec]]] = {
     "none": {"image": [], "small image": [], "text": []},
@@ -74,11 +74,14 @@ AUTO_IMAGE: list[tuple[float, list[AugmentationSpec], str]] = [
         "crop, flip, RandAugment and mixing: 20,000 training images or more",
     ),
 ]
-"""Fewer training images than -> augmentations, reason. BiT (arXiv 1912.11370) mixes nothing below 20,000 images."""
+"""Fewer training images than this -> augmentations. BiT (arXiv 1912.11370) mixes nothing below 20,000."""
 
 
 def resolve_augment(
-    augment: Preset | Sequence[AugmentationSpec], modality: Modality, n_train: int, image_side: int | None = None
+    augment: Preset | Sequence[AugmentationSpec],
+    modality: Modality,
+    n_train: int,
+    image_side: int | None = None,
 ) -> tuple[list[AugmentationSpec], str]:
     """Return the augmentations that a recipe's `augment` stands for, and the reason in words.
 

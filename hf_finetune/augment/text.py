@@ -10,7 +10,7 @@ from hf_finetune.augment.spec import AugmentationSpec, WordDropout, WordSwap
 
 
 def change_text(text: str, augmentations: Sequence[AugmentationSpec], rng: np.random.Generator) -> str:
-    """Return `text` with the word augmentations of the list applied in their order; words are what spaces separate."""
+    """Return `text` with the word augmentations of the list applied in their order; words end at spaces."""
     words = text.split()
     for each in augmentations:
         if isinstance(each, WordDropout):
@@ -29,7 +29,7 @@ def drop_words(words: list[str], p: float, rng: np.random.Generator) -> list[str
 
 
 def swap_words(words: list[str], share: float, rng: np.random.Generator) -> list[str]:
-    """Return `words` with about `share` of them moved: neighbours, drawn one pair after the other, change places."""
+    """Return `words` with about `share` of them moved: pairs of neighbours change places."""
     words = list(words)
     if len(words) > 1:
         swaps = rng.binomial(len(words), share / 2)  # a swap moves two words

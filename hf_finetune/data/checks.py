@@ -1,4 +1,4 @@
-"""Bad rows, found and named before training: images that do not open, empty texts, labels missing or unknown."""
+"""Bad rows, found and named before training: images that do not open, texts that are empty."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
@@ -29,7 +28,7 @@ class RowError(DataError):
 
 
 def read_image(cell: Any, name: str) -> Image.Image:
-    """Decode an image cell (`{"bytes", "path"}`) to upright RGB. Raises RowError that calls the row `name`."""
+    """Decode an image cell (`{"bytes", "path"}`) to upright RGB. Raises RowError about the row `name`."""
     try:
         with Image.open(_file(cell)) as image:
             image.load()
@@ -43,7 +42,7 @@ def read_image(cell: Any, name: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB as PIL does: transparency is dropped; 16-bit grey is scaled, where PIL would clip it."""
+    """Convert any mode to RGB as PIL does (transparency is dropped), but scale 16-bit grey (PIL clips)."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):  # type: ignore[operator]
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.mode == "P" and "transparency" in image.info:
@@ -73,7 +72,7 @@ def check_texts(columns: Iterable[list[Any]]) -> dict[int, str]:
 
 
 def refuse(where: str, problems: Mapping[int, str], rows: int, name: Callable[[int], str]) -> None:
-    """Raise DataError that lists `problems` by what is wrong, with the first rows of each, and the two ways out."""
+    """Raise DataError that lists `problems` by kind with the first rows of each, and the two ways out."""
     places: dict[str, list[int]] = {}
     for position in sorted(problems):
         places.setdefault(problems[position], []).append(position)
@@ -85,16 +84,16 @@ def refuse(where: str, problems: Mapping[int, str], rows: int, name: Callable[[i
     if len(places) > SHOWN:
         lines.append(f"\n  - and {len(places) - SHOWN:,} more kinds of problem")
     raise DataError(
-        f"{where}: {len(problems):,} of {rows:,} rows cannot be used (rows are counted from 0):{''.join(lines)}\n"
-        "Repair or remove them, or set `data.on_error: skip` to leave them out."
+        f"{where}: {len(problems):,} of {rows:,} rows cannot be used (rows are counted from "
+        f"0):{''.join(lines)}\nRepair or remove them, or set `data.on_error: skip` to leave them out."
     )
 
 
 def _file(cell: Any) -> Any:
-    content, path = (cell or {}).get("bytes"), (cell or {}).get("path")
+    content, path = (cell["bytes"], cell["path"]) if cell else (None, None)
     if content is None and path is None:
         raise ValueError("the cell is empty")
-    return io.BytesIO(content) if content is not None else Path(path)
+    return io.BytesIO(content) if content is not None else path
 
 
 def _check_image(cell: Any, full: bool) -> str | int:

@@ -19,7 +19,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "review", "content", "comment", "tweet", "document", "body", "message"),
     "label": ("label", "labels", "target", "class", "category", "sentiment", "score", "fine_label"),
 }
-"""Names tried in this order where the recipe leaves a column at its default and the data has none of that name."""
+"""Names tried in this order where the recipe leaves a column at its default and none is there."""
 
 
 def column_values(rows: Dataset, column: str) -> list[Any]:

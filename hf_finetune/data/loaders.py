@@ -1,7 +1,8 @@
-"""From splits to batches: samples as tensors, in an order that is a function of (seed, epoch), by torch's DataLoader.
+"""From splits to batches: samples as tensors, in an order that is a function of (seed, epoch).
 
-A batch is `{"inputs": {…}, "labels": Tensor, "weights": Tensor (N,), "indices": LongTensor (N,)}`. Labels are class
-numbers (N,), multi-hot floats (N, C) or floats (N,). A weight of 0 marks a sample that only keeps a process in step.
+A batch is `{"inputs": {…}, "labels": Tensor, "weights": Tensor (N,), "indices": LongTensor (N,)}`. Labels are
+class numbers (N,), multi-hot floats (N, C) or floats (N,). A weight of 0 marks a sample that only keeps a
+process in step.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class EvalSet(Dataset):
         if self.tokens is None or not self.tokens.cut_share:
             return []
         return [
-            f"{self.tokens.cut_share:.1%} of the texts are longer than {self.tokens.max_length} tokens and are cut"
+            f"{self.tokens.cut_share:.1%} of the texts are longer than {self.tokens.max_length} tokens and "
+            "are cut"
         ]
 
     def inputs(self, index: int) -> Sample:
@@ -93,9 +95,10 @@ class EvalSet(Dataset):
 
 
 class TrainSet(EvalSet):
-    """A split with augmentation: `train_set[epoch, index]` is the same view in every process, worker and resumed run.
+    """A split with augmentation: `train_set[epoch, index]` is the same view in every process and run.
 
-    Raises RecipeError for an augmentation of another modality. Mixing (`mixup`, `cutmix`) is the loop's business.
+    Raises RecipeError for an augmentation of another modality. Mixing (`mixup`, `cutmix`) is the loop's
+    business.
     """
 
     def __init__(
@@ -165,7 +168,7 @@ def collate(samples: Sequence[Sample], *, tokenizer: PreTrainedTokenizerBase | N
 
 
 class TrainBatches(Sampler):
-    """This process's micro-batches of one epoch; set `epoch` and `start` (batches passed over) before iterating."""
+    """This process's micro-batches of an epoch; set `epoch` and `start` (batches to pass over) first."""
 
     def __init__(
         self, dataset: TrainSet, batch_size: int, micro_batch_size: int, rank: int, world: int
@@ -204,17 +207,18 @@ def train_loader(
 ) -> DataLoader:
     """Return the one loader of a run, to be read through `iterate_batches`.
 
-    `batch_size` counts samples per optimizer step over all processes, `micro_batch_size` those of one forward pass of
-    this process (None = its whole share).
+    `batch_size` counts samples per optimizer step over all processes, `micro_batch_size` those of one forward
+    pass of this process (None = its whole share).
     """
     batches = TrainBatches(dataset, batch_size, micro_batch_size or -(-batch_size // world), rank, world)
     return DataLoader(dataset, batch_sampler=batches, **_options(dataset, workers, pin_memory))
 
 
 def iterate_batches(loader: DataLoader, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
-    """Yield an epoch's global batches from batch `start` on, each as the list of this process's micro-batches.
+    """Yield an epoch's global batches from batch `start` on, each as this process's micro-batches.
 
-    A micro-batch also carries `"batch_size"`, the size of the global batch: what a sum over samples is divided by.
+    A micro-batch also carries `"batch_size"`, the size of the global batch: what a sum over samples is
+    divided by.
     """
     batches = loader.batch_sampler
     assert isinstance(batches, TrainBatches), "iterate_batches reads what train_loader returns"
@@ -248,7 +252,7 @@ def eval_loader(
 
 
 def worker_count(workers: int | Literal["auto"], modality: Modality, processes: int = 1) -> int:
-    """Return what `data.workers` means per process: auto = none for texts, for images the cores left, at most 8."""
+    """Return the workers per process: auto = none for texts, for images the cores left, at most 8."""
     if workers != "auto":
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

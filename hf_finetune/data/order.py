@@ -21,9 +21,9 @@ def epoch_batches(
 ) -> list[list[int]]:
     """Return the global batches of an epoch as lists of sample indices: each of the `n` samples once.
 
-    One batch may be short. With `lengths` (one per sample) a batch holds samples of similar length: shuffled samples
-    are sorted by length within windows of many batches, then the batches are shuffled (the scheme of transformers'
-    `get_length_grouped_indices`, with the batches shuffled too).
+    One batch may be short. With `lengths` (one per sample) a batch holds samples of similar length: shuffled
+    samples are sorted by length within windows of many batches, then the batches are shuffled (the scheme of
+    transformers' `get_length_grouped_indices`, with the batches shuffled too).
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(n)
@@ -42,17 +42,25 @@ def share(
 ) -> list[tuple[list[int], list[float]]]:
     """Return the micro-batches of process `rank` of `world` for one global batch, as (indices, weights).
 
-    The processes take contiguous slices, and all have the same number of micro-batches, none of them empty: where a
-    process has no sample left, a repeated one comes with weight 0 (real samples weigh 1). With `pairs`, the samples
-    2k and 2k+1 of the global batch stay in one micro-batch, which then holds two samples at least.
+    The processes take contiguous slices, and all have the same number of micro-batches, none of them empty:
+    where a process has no sample left, a repeated one comes with weight 0 (real samples weigh 1). A sample
+    left alone is repeated likewise, since BatchNorm cannot learn from one. With `pairs`, the samples 2k and
+    2k+1 of the global batch stay in one micro-batch, which then holds two samples at least.
     """
     step = 2 if pairs else 1
     units = [list(batch[start : start + step]) for start in range(0, len(batch), step)]
-    bounds = [len(units) * process // world for process in range(world + 1)]
+    bounds = [-(-len(units) * process // world) for process in range(world + 1)]
     largest = max(stop - start for start, stop in pairwise(bounds))
     count = -(-largest // max(1, micro_batch_size // step))
     mine = units[bounds[rank] : bounds[rank + 1]]
     # shared out evenly, so that no micro-batch is much smaller than the others
     cuts = [len(mine) * part // count for part in range(count + 1)]
     chunks = [list(chain.from_iterable(mine[start:stop])) for start, stop in pairwise(cuts)]
-    return [(chunk, [1.0] * len(chunk)) if chunk else ([batch[0]], [0.0]) for chunk in chunks]
+    smallest = 2 if micro_batch_size > 1 or pairs else 1
+    return [_filled(chunk, smallest, spare=batch[0]) for chunk in chunks]
+
+
+def _filled(chunk: list[int], smallest: int, spare: int) -> tuple[list[int], list[float]]:
+    missing = max(0, smallest - len(chunk))
+    filler = chunk[0] if chunk else spare
+    return [*chunk, *[filler] * missing], [1.0] * len(chunk) + [0.0] * missing

@@ -36,7 +36,7 @@ class Selection:
 
 
 def select(source: Source, expression: str) -> Selection:
-    """Return what `expression` names: a split, a slice of one (`train[:90%]`, `train[100:200]`), a file, a folder.
+    """Return what `expression` names: a split, a slice of one (`train[:90%]`), a file or a folder.
 
     Raises DataError with the splits there are, or with the form of a slice.
     """
@@ -47,7 +47,8 @@ def select(source: Source, expression: str) -> Selection:
     if rows is None:
         raise DataError(
             f"data '{source.name}': there is no split or file '{asked}'.{did_you_mean(asked, source.splits)} "
-            f"Splits there are: {', '.join(source.splits)}. Name one, or a slice of one such as 'train[:80%]'."
+            f"Splits there are: {', '.join(source.splits)}. Name one, or a slice of one such as "
+            "'train[:80%]'."
         )
     start = _bound(match["start"], len(rows), 0, expression) if match else 0
     stop = _bound(match["stop"], len(rows), len(rows), expression) if match else len(rows)
@@ -77,22 +78,22 @@ def choose_validation(source: Source, spec: DataSpec, notes: list[str]) -> str |
         if own is not None:
             return own
         notes.append(
-            f"no validation split (there is {', '.join(source.splits)}): {DEFAULT_FRACTION:.0%} of train is set aside, "
-            "drawn with the seed"
+            f"no validation split (there is {', '.join(source.splits)}): {DEFAULT_FRACTION:.0%} of train is "
+            "set aside, drawn with the seed"
         )
         return DEFAULT_FRACTION
     if isinstance(spec.validation, float) and own is not None:
         percent = f"{100 * (1 - spec.validation):g}%"
         raise DataError(
-            f"data.validation: {spec.validation:g} of train was asked for, but '{source.name}' has its own split '{own}', "
-            f"which would go unused. Write `validation: auto` to measure on it, or name slices: "
-            f"`train: {train}[:{percent}]` and `validation: {train}[{percent}:]`."
+            f"data.validation: {spec.validation:g} of train was asked for, but '{source.name}' has its own "
+            f"split '{own}', which would go unused. Write `validation: auto` to measure on it, or name "
+            f"slices: `train: {train}[:{percent}]` and `validation: {train}[{percent}:]`."
         )
     return spec.validation
 
 
 def draw_fraction(targets: list[Any], fraction: float, labels: Labels, seed: int) -> np.ndarray:
-    """Return sorted row numbers for validation; single labels are drawn class by class, a class of one stays in train."""
+    """Return sorted row numbers for validation, of single labels class by class."""
     rng = np.random.default_rng((seed, 1))
     classes = np.asarray(targets) if labels.kind == "single" else np.zeros(len(targets), dtype=int)
     chosen = []
@@ -110,7 +111,8 @@ def draw_samples(targets: list[Any], count: int, labels: Labels, seed: int) -> n
     order = np.random.default_rng((seed, 2)).permutation(len(targets))
     if labels.kind == "single":
         classes = np.asarray(targets)[order]
-        # a row's place in its class, as a share of the class: the smallest places hold every class by its share
+        # a row's place in its class, as a share of the class: the smallest places hold every class by its
+        # share
         place = np.empty(len(order))
         for each in np.unique(classes):
             members = np.flatnonzero(classes == each)

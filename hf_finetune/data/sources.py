@@ -27,7 +27,9 @@ FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 """File ending -> builder of `datasets` and its options."""
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif".split())
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+)
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev"),
@@ -67,7 +69,7 @@ def open_source(spec: DataSpec) -> Source:
 
 
 def open_files(files: list[Path]) -> Source:
-    """Open table files. Several named like splits (train.csv, dev.csv, train-00000-of-00002.parquet) are splits.
+    """Open table files; several that are named like splits (train.csv, dev.csv) are the splits.
 
     Raises DataError for a kind of file that cannot be read, and for a file that is broken.
     """
@@ -91,8 +93,9 @@ def read_files(files: list[Path]) -> Dataset:
             )
     if len(kinds) > 1:
         raise DataError(
-            f"data '{files[0].parent}': {' and '.join(file.name for file in kinds.values())} are of different kinds and "
-            "could be the same rows twice. Name the file to read in data.path or data.train."
+            f"data '{files[0].parent}': {' and '.join(file.name for file in kinds.values())} are of "
+            "different kinds and could be the same rows twice. Name the file to read in data.path or "
+            "data.train."
         )
     builder, options = FILE_BUILDERS[next(iter(kinds))]
     paths = [str(file.resolve()) for file in files]
@@ -116,7 +119,8 @@ def open_folder(path: Path) -> Source:
             loaded = datasets.load_from_disk(str(path))
         except Exception as error:
             raise DataError(
-                f"data '{path}': a folder from save_to_disk that cannot be read: {_first_line(error)} Save it again."
+                f"data '{path}': a folder from save_to_disk that cannot be read: {_first_line(error)} Save "
+                "it again."
             ) from error
         splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
         return Source(str(path), splits, folder=path)
@@ -137,7 +141,7 @@ def _tables(place: Path) -> list[Path]:
 
 
 def _open_image_folder(path: Path) -> Source:
-    """Open <split>/<class>/… or <class>/… by listing files: no image is read, nothing is copied to a cache."""
+    """Open <split>/<class>/… or <class>/… by listing files: no image is read, nothing is copied."""
     folders = _subfolders(path)
     roots = {folder.name: folder for folder in folders if folder.name.lower() in _KNOWN_SPLITS} or {
         "train": path
@@ -157,9 +161,9 @@ def _open_image_folder(path: Path) -> Source:
     if not splits:
         inside = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
         raise DataError(
-            f"data '{path}': there is no data in this folder; it holds {inside}. Expected is one folder of images per "
-            f"class (these may lie in train/ and val/), a folder from save_to_disk, or files ending in "
-            f"{', '.join(FILE_BUILDERS)}."
+            f"data '{path}': there is no data in this folder; it holds {inside}. Expected is one folder of "
+            "images per class (these may lie in train/ and val/), a folder from save_to_disk, or files "
+            f"ending in {', '.join(FILE_BUILDERS)}."
         )
     return Source(str(path), splits, folder=path, notes=tuple(notes))
 
@@ -195,13 +199,14 @@ def _hub_problem(spec: DataSpec, error: Exception) -> str:
         why = " (HF_HUB_OFFLINE is set)" if datasets.config.HF_HUB_OFFLINE else ""
         return (
             f"no file or folder of that name is here, and the Hub cannot be reached{why}. "
-            "Check the path, or connect and try again; what was loaded once is found in the cache without the Hub."
+            "Check the path, or connect and try again; what was loaded once is found in the cache without "
+            "the Hub."
         )
     if name == "DatasetNotFoundError":
         at = f" at revision '{spec.revision}'" if spec.revision else ""
         return (
-            f"no file or folder of that name is here, and the Hub has no data set of that name{at} that you may read. "
-            "Check the spelling; for a private or gated one log in with `hf auth login`."
+            f"no file or folder of that name is here, and the Hub has no data set of that name{at} that you "
+            "may read. Check the spelling; for a private or gated one log in with `hf auth login`."
         )
     if "Config name is missing" in text or "BuilderConfig" in text:
         listed = re.search(r"\[.*?\]", text, flags=re.DOTALL)

@@ -1,6 +1,7 @@
 """From a data spec to labelled splits, with every bad row named.
 
-A split is a `datasets.Dataset` that decodes a row when it is read; nothing is decoded here that is not asked for.
+A split is a `datasets.Dataset` that decodes a row when it is read; nothing is decoded here that is not asked
+for.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ NAMED = 5
 class Splits:
     """What a run learns from and is measured on.
 
-    A row is `{"image": PIL RGB}` or `{"text": str[, "text_pair": str]}`, with `"label"` (a class number, a multi-hot list
-    of floats or a float) and `"row"`, its number in the source's split.
+    A row is `{"image": PIL RGB}` or `{"text": str[, "text_pair": str]}`, with `"label"` (a class number, a
+    multi-hot list of floats or a float) and `"row"`, its number in the source's split.
     """
 
     train: Dataset
@@ -121,8 +122,8 @@ def load_split(
 ) -> Dataset:
     """Load one split for a model whose labels are known, to evaluate it or to predict; rows as in `Splits`.
 
-    `labelled=False` reads no label column. Numbers stand for the labels' places when no label's name is a number.
-    Raises DataError as `load_splits` does.
+    `labelled=False` reads no label column. Numbers stand for the labels' places when no label's name is a
+    number. Raises DataError as `load_splits` does.
     """
     source = open_source(spec)
     selection = select(source, name)
@@ -136,7 +137,7 @@ def load_split(
 
 
 def class_counts(rows: Dataset, labels: Labels) -> list[int]:
-    """Return the rows per class, in the labels' order (multi: rows that carry the label); empty for regression."""
+    """Return the rows per class in the labels' order (multi: rows with the label); none for regression."""
     if labels.kind == "regression":
         return []
     targets = column_values(rows, "label")
@@ -148,7 +149,8 @@ def class_counts(rows: Dataset, labels: Labels) -> list[int]:
 def fingerprint(rows: Dataset) -> str:
     """Return a hash of the rows' labels and texts or images, in their order, wherever they lie.
 
-    An image file counts by its name and size; images inside a table by their bytes, of large tables by their length.
+    An image file counts by its name and size; images inside a table by their bytes, of large tables by their
+    length.
     """
     parts = [
         repr(column_values(rows, name)).encode() for name in rows.column_names if name not in ("image", "row")
@@ -174,7 +176,7 @@ def size_on_disk(rows: Dataset) -> int:
     return sum(len(text.encode()) for name in texts for text in column_values(rows, name))
 
 
-# ---- one split ---------------------------------------------------------------------------------------------------
+# ---- one split ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,8 @@ def _read(
         rows = rows.select([at for at in range(len(rows)) if at not in problems])
     if not len(rows):
         raise DataError(
-            f"data '{source.name}': no row of '{selection.name}' ({role}) can be used; {len(raw):,} were read."
+            f"data '{source.name}': no row of '{selection.name}' ({role}) can be used; {len(raw):,} were "
+            "read."
         )
     return _Part(rows.with_transform(partial(_decode, split=selection.name)), problems, names, side)
 
@@ -253,14 +256,14 @@ def _texts(raw: Dataset, column: str, source: Source) -> list[str | None]:
     feature = raw.features[column]
     if not isinstance(feature, Value):
         raise DataError(
-            f"data '{source.name}': the column '{column}' holds {type(feature).__name__.lower()}s, not texts. "
-            "Name another column in data.columns.text."
+            f"data '{source.name}': the column '{column}' holds {type(feature).__name__.lower()}s, not "
+            "texts. Name another column in data.columns.text."
         )
     return [None if cell is None else str(cell) for cell in column_values(raw, column)]
 
 
 def _image_rows(raw: Dataset, column: str, source: Source) -> Dataset:
-    """Return the images undecoded, as `{"bytes", "path"}`; a text column holds paths, relative to the table's folder."""
+    """Return the images undecoded, as `{"bytes", "path"}`; paths in a table are relative to its folder."""
     rows = raw.select_columns([column])
     rows = rows if column == "image" else rows.rename_column(column, "image")
     feature = rows.features["image"]
@@ -277,7 +280,7 @@ def _image_rows(raw: Dataset, column: str, source: Source) -> Dataset:
 
 
 def _check_images(rows: Dataset, *, full: bool) -> tuple[dict[int, str], int | None]:
-    """Return what is wrong with some images, and the median short side; of very many only a sample is looked at."""
+    """Return what is wrong with some images, and the median short side; of very many it reads a sample."""
     if full or len(rows) <= checks.MAX_HEADERS:
         problems, sides = checks.check_images(_image_cells(rows), full=full)
     else:
@@ -311,7 +314,7 @@ def _row_name(row: Mapping[str, Any], split: str) -> str:
     )
 
 
-# ---- all splits --------------------------------------------------------------------------------------------------
+# ---- all splits --------------------------------------------------------------------------------------------
 
 
 def _set_aside(
@@ -321,8 +324,8 @@ def _set_aside(
     chosen = draw_fraction(column_values(rows, "label"), fraction, labels, seed)
     if not len(chosen):
         raise DataError(
-            f"data '{source.name}': {len(rows)} rows, one of each class, cannot be split into train and validation. "
-            "Name a validation split or file in data.validation."
+            f"data '{source.name}': {len(rows)} rows, one of each class, cannot be split into train and "
+            "validation. Name a validation split or file in data.validation."
         )
     return rows.select(np.setdiff1d(np.arange(len(rows)), chosen)), rows.select(chosen)
 
@@ -350,8 +353,8 @@ def _refuse_one_class(source: Source, labels: Labels, counts: Sequence[int]) -> 
     if len(present) < needed:
         only = f"only one class, '{present[0]}'" if present else "no label"
         raise DataError(
-            f"data '{source.name}': train holds {only}; there is nothing to tell apart. Check data.train (a slice of rows "
-            "that are sorted by class?) and data.columns.label."
+            f"data '{source.name}': train holds {only}; there is nothing to tell apart. Check data.train (a "
+            "slice of rows that are sorted by class?) and data.columns.label."
         )
 
 
@@ -370,8 +373,8 @@ def _class_warnings(labels: Labels, counts: Mapping[str, Sequence[int]]) -> list
         )
     if labels.kind == "single" and labels.outputs > 50 and labels.outputs > sum(train) / 2:
         warnings.append(
-            f"{labels.outputs:,} classes for {sum(train):,} training rows: is the label column right, or is it a number "
-            "to predict (`data.labels: regression`)?"
+            f"{labels.outputs:,} classes for {sum(train):,} training rows: is the label column right, or is "
+            "it a number to predict (`data.labels: regression`)?"
         )
     return warnings
 

@@ -20,7 +20,7 @@ Cell = Any
 
 
 def find_labels(cells: Sequence[Cell], feature: Any, kind: LabelKind, column: str) -> Labels:
-    """Return the labels of a training column: ClassLabel's own names, else the sorted names, numbers by value.
+    """Return the labels of a training column: a ClassLabel's names, else the names found, sorted.
 
     Raises DataError when the column does not hold labels of this kind.
     """
@@ -37,8 +37,8 @@ def find_labels(cells: Sequence[Cell], feature: Any, kind: LabelKind, column: st
 def names_in(cell: Cell, feature: Any, kind: LabelKind, column: str) -> list[str] | None:
     """Return the label names in one cell, or None when it holds no label.
 
-    For `multi` a cell is a list, or a text with names between `|` (or, without one, commas); empty means no name applies.
-    Raises DataError when cells of this type cannot be labels of this kind.
+    For `multi` a cell is a list, or a text with names between `|` (or, without one, commas); empty means no
+    name applies. Raises DataError when cells of this type cannot be labels of this kind.
     """
     if kind == "multi":
         if isinstance(cell, str):
@@ -47,14 +47,16 @@ def names_in(cell: Cell, feature: Any, kind: LabelKind, column: str) -> list[str
         names = [name for each in cells if (name := _name(each, _inner(feature), column)) is not None]
         if len(set(names)) < len(names):
             raise DataError(
-                f"data.labels: the column '{column}' holds {cells[:8]}, which names a label twice. For `labels: multi` "
-                "a row lists the labels that apply, such as ['red', 'round'] or 'red|round', not a 0 or 1 for each."
+                f"data.labels: the column '{column}' holds {cells[:8]}, which names a label twice. For "
+                "`labels: multi` a row lists the labels that apply, such as ['red', 'round'] or "
+                "'red|round', not a 0 or 1 for each."
             )
         return names
     if isinstance(cell, (list, tuple)):
         raise DataError(
-            f"data.labels: the column '{column}' holds lists such as {list(cell)[:4]}, but `labels: single` expects one "
-            "label a row. Set `data.labels: multi`, or name another column in data.columns.label."
+            f"data.labels: the column '{column}' holds lists such as {list(cell)[:4]}, but `labels: single` "
+            "expects one label a row. Set `data.labels: multi`, or name another column in "
+            "data.columns.label."
         )
     name = _name(cell, feature, column)
     return None if name is None else [name]
@@ -63,7 +65,7 @@ def names_in(cell: Cell, feature: Any, kind: LabelKind, column: str) -> list[str
 def encode(
     cell: Cell, feature: Any, labels: Labels, index: Mapping[str, int], column: str
 ) -> tuple[Target | None, str]:
-    """Return (target, "") for a cell, or (None, what is wrong with it); `index` maps the names allowed to outputs.
+    """Return (target, "") for a cell, or (None, what is wrong); `index` maps the names allowed to outputs.
 
     A target is a class number, a multi-hot list of floats, or a float, by the kind of `labels`.
     """
@@ -96,15 +98,17 @@ def soft_targets(targets: Tensor, labels: Labels) -> Tensor:
 
 
 def class_weights(spec: DataSpec, labels: Labels, counts: Sequence[int]) -> list[float] | None:
-    """Return a weight per class whose mean over the training rows is 1, or None when the recipe asks for none.
+    """Return a weight per class, with mean 1 over the training rows, or None when none are asked for.
 
-    `counts` are the training rows per class. Raises DataError for a name that is no label, and unless labels are single.
+    `counts` are the training rows per class. Raises DataError for a name that is no label, and unless labels
+    are single.
     """
     if spec.class_weights == "none":
         return None
     if labels.kind != "single":
         raise DataError(
-            f"data.class_weights: they need `data.labels: single`, which gives a row one class; here it is {labels.kind}."
+            "data.class_weights: they need `data.labels: single`, which gives a row one class; here it is "
+            f"{labels.kind}."
         )
     if spec.class_weights == "balanced":
         weights = [1 / count if count else 0.0 for count in counts]

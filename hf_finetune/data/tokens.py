@@ -1,4 +1,4 @@
-"""Texts as token numbers: tokenised once, in one pass, and kept flat so that a million texts fit in memory."""
+"""Texts as token numbers: tokenised in one pass and kept flat, so that a million texts fit in memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from hf_finetune.models.backbone import TextInput
 
 MAX_LENGTH = 512
-"""Tokens kept of a text under `max_length: auto`, where the backbone takes more: attention's cost is quadratic."""
+"""Tokens kept of a text under `max_length: auto`, whatever the backbone takes: attention is quadratic."""
 _CHUNK = 1_000
 
 
 class Tokens:
-    """The tokens of a split's texts (or pairs), without padding; `tokens[i]` is what the tokenizer returns for one."""
+    """The tokens of a split's texts (or pairs) without padding; `tokens[i]` is one text."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Tokens:
 def encode(
     tokenizer: PreTrainedTokenizerBase, max_length: int, texts: Sequence[Sequence[str]]
 ) -> tuple[Mapping[str, list[list[int]]], int]:
-    """Tokenise a list of texts, or a list and that of their pairs; return the token lists and how many were cut."""
+    """Tokenise a list of texts, or two lists of pairs; return the token lists and how many were cut."""
     encoded = tokenizer(
         *(list(each) for each in texts), truncation=True, max_length=max_length, padding=False
     )
