@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -847,6 +849,16 @@ def test_a_hub_id_from_the_cache(folders, family, tmp_path, monkeypatch):
         load("someone/tiny", family, revision="v2")
 
 
+def test_a_bare_architecture_means_timms_own_weights_on_the_hub(folders, tmp_path, monkeypatch):
+    repository = tmp_path / "models--timm--resnet10t.c3_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    shutil.copytree(folders("timm-resnet"), repository / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load("resnet10t").source["id"] == "timm/resnet10t.c3_in1k"
+
+
 def test_real_mobilenet(shared_data):
     """ImageNet's MobileNetV2 with its 1000 classes: everything but the classifier is loaded."""
     backbone = load(shared_data("mobilenetv2_100_in1k"))
@@ -867,6 +879,16 @@ def test_real_minilm():
     assert isinstance(backbone.input, TextInput)
     assert backbone.input.max_length == 512
     assert backbone.anatomy.groups == ("stem", *(f"block.{i}" for i in range(6)), HEAD)
+
+
+def test_a_timm_backbone_needs_no_transformers():
+    program = (
+        "import sys; from hf_finetune.models.load import load_backbone; "
+        "from hf_finetune.models.spec import BackboneSpec; from hf_finetune.data.labels import Labels; "
+        "load_backbone(BackboneSpec(), Labels('single', ('a', 'b')), 'image', seed=0); "
+        "assert 'transformers.modeling_utils' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_the_shipped_backbone():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm.data.model_config import resolve_input_data_config
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_finetune.errors import ModelError
 from hf_finetune.models.backbone import ImageInput, TextInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 UNLIMITED = 1_000_000
 """Length given when neither the positions nor the tokenizer set one (relative positions)."""
@@ -47,6 +49,8 @@ def load_processor(where: str, folder: Path, *, trust_remote_code: bool) -> Any:
     Raises:
         ModelError: there is none, so size and normalisation are unknown.
     """
+    from transformers import AutoImageProcessor
+
     try:
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
@@ -108,6 +112,8 @@ def load_text_input(where: str, folder: Path, model: nn.Module, *, trust_remote_
     Raises:
         ModelError: there is no tokenizer, it does not fit the embeddings, or it cannot pad.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:

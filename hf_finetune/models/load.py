@@ -1,4 +1,7 @@
-"""Backbones in and out: load one for the data's labels, run it, save it in its own library's Hub layout."""
+"""Backbones in and out: load one for the data's labels, run it, save it in its own library's Hub layout.
+
+transformers is imported when a backbone of it is loaded: a timm model needs none of its seconds.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_finetune.data.labels import Labels
 from hf_finetune.errors import ModelError
-from hf_finetune.models import load_timm, load_transformers
+from hf_finetune.models import load_timm
 from hf_finetune.models.anatomies import module_groups, output_layers, timm_anatomy, transformers_anatomy
 from hf_finetune.models.anatomy import HEAD, Anatomy
 from hf_finetune.models.backbone import Backbone, ImageInput, LoadReport, Modality, TextInput
@@ -59,6 +62,8 @@ def save_backbone(backbone: Backbone, folder: Path, labels: Labels) -> None:
     if isinstance(backbone.input, ImageInput) and backbone.library == "timm":
         load_timm.save(backbone.model, backbone.input, folder, labels)
     else:
+        from hf_finetune.models import load_transformers
+
         beside = backbone.input.tokenizer if isinstance(backbone.input, TextInput) else backbone.processor
         load_transformers.save(backbone.model, beside, folder, labels)
 
@@ -88,6 +93,8 @@ def _load_timm(spec: BackboneSpec, source: Source, labels: Labels, modality: Mod
 
 
 def _load_transformers(spec: BackboneSpec, source: Source, labels: Labels, modality: Modality) -> Backbone:
+    from hf_finetune.models import load_transformers
+
     where = f"backbone '{spec.id}'"
     expected = expected_modality(spec)
     if expected and expected != modality:
@@ -137,9 +144,10 @@ def _report(
     if not spec.pretrained:
         return LoadReport(0, (), (), tuple(tensors), (), 0.0, f"random weights, {source}")
     homes = module_groups(model, anatomy)
+    parameters_of_head = anatomy.names_in({HEAD})
 
     def in_head(name: str) -> bool:
-        return homes.get(name.rpartition(".")[0]) == HEAD
+        return name in parameters_of_head or homes.get(name.rpartition(".")[0]) == HEAD
 
     absent_anywhere = [name for name in tensors if name in {*loading.missing, *loading.mismatched}]
     new = tuple(name for name in absent_anywhere if in_head(name) and name not in loading.mismatched)

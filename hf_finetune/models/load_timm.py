@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
@@ -28,6 +27,7 @@ from hf_finetune.models.spec import BackboneSpec
 class Loading:
     """What one loading of a checkpoint into a model did, by tensor name."""
 
+    happened: bool = False
     missing: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -69,6 +69,7 @@ def build(spec: BackboneSpec, source: Source, labels: Labels) -> tuple[nn.Module
                 else "Is it a newer architecture? `pip install -U timm`."
             )
         ) from None
+    assert loading.happened or not spec.pretrained, "timm loads weights by the model's load_state_dict"
     return model, loading
 
 
@@ -124,12 +125,12 @@ def _watched(loading: Loading, fresh_outputs: tuple[str, int] | None) -> Iterato
     original = nn.Module.load_state_dict
 
     def load(module: nn.Module, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        if not hasattr(module, "get_classifier"):  # a part of a model
+            return original(module, state_dict, strict=strict, assign=assign)
         given = dict(state_dict)
-        left_out = set()
-        if fresh_outputs and hasattr(module, "get_classifier"):
+        if fresh_outputs:
             prefixes = tuple(f"{name}." for name in output_layers(fresh_outputs[0], module, fresh_outputs[1]))
-            left_out = {name for name in given if name.startswith(prefixes)}
-        given = {name: tensor for name, tensor in given.items() if name not in left_out}
+            given = {name: tensor for name, tensor in given.items() if not name.startswith(prefixes)}
         own = module.state_dict()
         mismatched = {name for name in given if name in own and own[name].shape != given[name].shape}
         try:
@@ -140,6 +141,7 @@ def _watched(loading: Loading, fresh_outputs: tuple[str, int] | None) -> Iterato
             result = original(module, given, strict=False, assign=assign)
         else:
             mismatched = set()
+        loading.happened = True
         loading.mismatched[:] = sorted(mismatched)
         loading.missing[:] = [name for name in result.missing_keys if name not in mismatched]
         loading.unexpected[:] = list(result.unexpected_keys)
@@ -147,7 +149,6 @@ def _watched(loading: Loading, fresh_outputs: tuple[str, int] | None) -> Iterato
 
     nn.Module.load_state_dict = load  # type: ignore[method-assign,assignment]
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         nn.Module.load_state_dict = original  # type: ignore[method-assign]
