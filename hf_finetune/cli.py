@@ -24,17 +24,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name.")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: a.b=value, a.b= for null, ~a.b to remove."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Changes to the recipe: a.b=value, a.b= for null, ~a.b to remove."
+    ),
 ]
 Output = Annotated[str | None, typer.Option(help="The run folder; default runs/<recipe>-<backbone>-<time>.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 @app.command()
-def train(recipe: RecipeArgument, overrides: Overrides = None, output: Output = None, quiet: Quiet = False) -> None:
+def train(
+    recipe: RecipeArgument, overrides: Overrides = None, output: Output = None, quiet: Quiet = False
+) -> None:
     """Run a recipe in this process; for several, `accelerate launch scripts/train.py --recipe RECIPE`."""
     run_recipe(recipe, overrides or [], output=output, quiet=quiet)
 
@@ -65,7 +71,9 @@ def explain(
 
 @app.command()
 def recipes(
-    action: Annotated[str | None, typer.Argument(metavar="[copy]", help="`copy` to get one as a file.")] = None,
+    action: Annotated[
+        str | None, typer.Argument(metavar="[copy]", help="`copy` to get one as a file.")
+    ] = None,
     name: Annotated[str | None, typer.Argument(help="Which one to copy.")] = None,
     to: Annotated[Path, typer.Option(help="Folder to copy to.")] = Path(),
 ) -> None:
@@ -79,9 +87,13 @@ def recipes(
             typer.echo(f"{each:<{width}}  {found.purpose}")
         return
     if action != "copy" or name is None:
-        raise UserError("recipes: write `hf-finetune recipes` for the list or `hf-finetune recipes copy NAME`.")
+        raise UserError(
+            "recipes: write `hf-finetune recipes` for the list or `hf-finetune recipes copy NAME`."
+        )
     if name not in shipped:
-        raise UserError(f"recipes: there is no '{name}'.{did_you_mean(name, shipped)} There are {', '.join(shipped)}.")
+        raise UserError(
+            f"recipes: there is no '{name}'.{did_you_mean(name, shipped)} There are {', '.join(shipped)}."
+        )
     target = to / f"{name}.yaml"
     if target.exists():
         raise UserError(f"{target}: exists already. Remove it, or choose another folder with --to.")
@@ -94,7 +106,9 @@ def recipes(
 
 @app.command()
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN|REPO", help="A run folder, a model folder or a Hub repository.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN|REPO", help="A run folder, a model folder or a Hub repository.")
+    ],
     options: Annotated[list[str] | None, typer.Argument(metavar="[data=… split=…]")] = None,
 ) -> None:
     """Measure a run's model on a split: by default the validation split of the data it was trained with."""
@@ -105,8 +119,12 @@ def evaluate(
 
 @app.command()
 def predict(
-    run: Annotated[str, typer.Argument(metavar="RUN|REPO", help="A run folder, a model folder or a Hub repository.")],
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Images or folders of them; texts or files.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN|REPO", help="A run folder, a model folder or a Hub repository.")
+    ],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Images or folders of them; texts or files.")
+    ],
     form: Annotated[str, typer.Option("--format", help="table, csv or jsonl.")] = "table",
     top: Annotated[int, typer.Option(min=1, help="Labels per input.")] = 1,
 ) -> None:
@@ -141,7 +159,11 @@ def run_recipe(recipe: str, overrides: list[str], *, output: str | None, quiet: 
     run = finetune(loaded, name=loaded.name, quiet=quiet)
     if not quiet and _rank() == 0:
         best = run.best
-        found = f"best {best['metric']} {best['value']:.4f} at epoch {best['epoch']:g}" if best else "nothing measured"
+        found = (
+            f"best {best['metric']} {best['value']:.4f} at epoch {best['epoch']:g}"
+            if best
+            else "nothing measured"
+        )
         typer.echo(f"done: {found}; {run.status['why']}; {run.path}")
 
 

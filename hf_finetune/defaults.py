@@ -145,14 +145,21 @@ def resolve(
             f"(only for {', '.join(sorted(LR_FACTORS))}). Set optimizer.lr."
         )
     factor = LR_FACTORS.get(name, 1.0)
-    lr = choose("optimizer.lr", optimizer.lr, _round(start.lr * factor), source + (f"; times {factor:g} for {name}" if factor != 1 else ""))
+    lr = choose(
+        "optimizer.lr",
+        optimizer.lr,
+        _round(start.lr * factor),
+        source + (f"; times {factor:g} for {name}" if factor != 1 else ""),
+    )
     decay = choose("optimizer.weight_decay", optimizer.weight_decay, start.weight_decay, source)
     optimizer = optimizer.model_copy(update={"name": name, "lr": lr, "weight_decay": decay})
 
     strategy, strategy_choices = _resolve_strategy(strategy, start, source, train_samples, micro_batch_size)
     choices += strategy_choices
 
-    scope = choose("schedule.scope", schedule.scope, strategy.schedule_scope, f"what {strategy.name} asks for")
+    scope = choose(
+        "schedule.scope", schedule.scope, strategy.schedule_scope, f"what {strategy.name} asks for"
+    )
     warmup_value = Duration(start.warmup_percent, "%") if start.warmup_percent and schedule.warms_up else None
     why = source if schedule.warms_up else f"{schedule.name} rises by itself"
     if warmup_value is None and schedule.warms_up:
@@ -202,10 +209,19 @@ def _resolve_strategy(
 
 def _batch_norm(train_samples: int, micro_batch_size: int) -> tuple[BatchNorm, str]:
     if train_samples < BATCH_NORM_TRAINS_FROM:
-        return "frozen", f"{train_samples} training samples, under {BATCH_NORM_TRAINS_FROM}: keep the pretrained statistics"
+        return (
+            "frozen",
+            f"{train_samples} training samples, under {BATCH_NORM_TRAINS_FROM}: keep the pretrained statistics",
+        )
     if micro_batch_size < BATCH_NORM_MIN_BATCH:
-        return "frozen", f"{micro_batch_size} samples per forward, under {BATCH_NORM_MIN_BATCH}: batch statistics too noisy"
-    return "train", f"{train_samples} training samples and {micro_batch_size} per forward: enough for new statistics"
+        return (
+            "frozen",
+            f"{micro_batch_size} samples per forward, under {BATCH_NORM_MIN_BATCH}: batch statistics too noisy",
+        )
+    return (
+        "train",
+        f"{train_samples} training samples and {micro_batch_size} per forward: enough for new statistics",
+    )
 
 
 def _round(value: float) -> float:

@@ -135,8 +135,18 @@ def _print_cost(
                 torch.cuda.synchronize(device)
             seconds.append(time.monotonic() - began)
         training += min(seconds) * count
-        rows.append([number, plan.name, f"{min(seconds):.3g} s", f"{min(seconds) * count:.3g} s", f"{_peak_gb(device):.3g} GB"])
-    _show(Table("Cost on this machine", ["phase", "trains", "per step", "in all", "peak memory so far"], rows))
+        rows.append(
+            [
+                number,
+                plan.name,
+                f"{min(seconds):.3g} s",
+                f"{min(seconds) * count:.3g} s",
+                f"{_peak_gb(device):.3g} GB",
+            ]
+        )
+    _show(
+        Table("Cost on this machine", ["phase", "trains", "per step", "in all", "peak memory so far"], rows)
+    )
     first = [next(iter(validation))]
     evaluate(model, first, labels, [], accelerator)
     began = time.monotonic()
@@ -165,4 +175,3 @@ def _show(table: Table) -> None:
 
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
-

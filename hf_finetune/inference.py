@@ -81,7 +81,9 @@ def load_trained(place: str) -> Trained:
     spec = recipe.backbone.model_copy(update={"id": str(folder), "revision": None, "pretrained": True})
     backbone = load_backbone(spec, labels, TASKS[recipe.task].modality, seed=recipe.training.seed)
     if backbone.report.new:
-        raise ModelError(f"{place}: {backbone.report.new[0]} is not in the model's weights; the folder is damaged.")
+        raise ModelError(
+            f"{place}: {backbone.report.new[0]} is not in the model's weights; the folder is damaged."
+        )
     return Trained(recipe, labels, backbone, recorded)
 
 
@@ -97,7 +99,9 @@ def evaluate_model(place: str, options: Sequence[str]) -> Evaluation:
     recipe, labels = trained.recipe, trained.labels
     spec, split = recipe.data, asked.get("split", "validation")
     if "data" in asked:
-        spec = DataSpec(path=asked["data"], columns=spec.columns, labels=spec.labels, max_length=spec.max_length)
+        spec = DataSpec(
+            path=asked["data"], columns=spec.columns, labels=spec.labels, max_length=spec.max_length
+        )
         rows = load_split(spec, split, labels, seed=recipe.training.seed, task=recipe.task)
     elif split in {"train", "validation"} or (split == "test" and spec.test is not None):
         splits = load_splits(spec, seed=recipe.training.seed, task=recipe.task)
@@ -118,13 +122,17 @@ def evaluate_model(place: str, options: Sequence[str]) -> Evaluation:
     result = evaluate(model, loader, labels, names, accelerator)
     if accelerator.is_main_process:
         where = f"{spec.path}, split {split}: {len(rows)} rows"
-        print_table(f"{place} on {where}", ["metric", "value"], [*result.metrics.items(), ("loss", result.loss)])
+        print_table(
+            f"{place} on {where}", ["metric", "value"], [*result.metrics.items(), ("loss", result.loss)]
+        )
         if trained.recorded and split == "validation" and "data" not in asked:
             _say(f"recorded by the run: {trained.recorded['metric']} {trained.recorded['value']:.4f}")
     return result
 
 
-def predict_inputs(place: str, inputs: Sequence[str], *, form: str = "table", top: int = 1) -> list[dict[str, Any]]:
+def predict_inputs(
+    place: str, inputs: Sequence[str], *, form: str = "table", top: int = 1
+) -> list[dict[str, Any]]:
     """Print the model's predictions for images or texts and return them, one row per input and label.
 
     Args:
@@ -136,7 +144,9 @@ def predict_inputs(place: str, inputs: Sequence[str], *, form: str = "table", to
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose from {', '.join(FORMATS)}.{did_you_mean(form, FORMATS)}")
     trained = load_trained(place)
-    names, rows = (_image_rows if TASKS[trained.recipe.task].modality == "image" else _text_rows)(inputs, trained)
+    names, rows = (_image_rows if TASKS[trained.recipe.task].modality == "image" else _text_rows)(
+        inputs, trained
+    )
     accelerator = _accelerator(trained.recipe)
     model = trained.backbone.model.to(accelerator.device).eval()
     found: dict[int, list[float]] = {}
@@ -144,9 +154,15 @@ def predict_inputs(place: str, inputs: Sequence[str], *, form: str = "table", to
         for batch in _loader(rows, trained, accelerator):
             with accelerator.autocast():
                 logits = forward(model, to_device(batch["inputs"], accelerator.device))
-            for index, values in zip(batch["indices"].tolist(), probabilities(trained.labels.kind, logits).tolist(), strict=True):
+            for index, values in zip(
+                batch["indices"].tolist(), probabilities(trained.labels.kind, logits).tolist(), strict=True
+            ):
                 found[index] = values
-    answers = [answer for index, name in enumerate(names) for answer in _answers(name, found[index], trained.labels, top)]
+    answers = [
+        answer
+        for index, name in enumerate(names)
+        for answer in _answers(name, found[index], trained.labels, top)
+    ]
     _write(answers, form)
     return answers
 
@@ -216,11 +232,15 @@ def _text_rows(inputs: Sequence[str], trained: Trained) -> tuple[list[str], Data
         elif os.path.isfile(given) or (path.suffix in TEXT_SUFFIXES and not re.search(r"\s", given)):
             # A file's name is no text to classify: it was meant to be read.
             what = "is not a file predict reads" if os.path.isfile(given) else "there is no such file"
-            raise UserError(f"predict: {given}: {what}. Give texts, or files that end in {', '.join(TEXT_SUFFIXES)}.")
+            raise UserError(
+                f"predict: {given}: {what}. Give texts, or files that end in {', '.join(TEXT_SUFFIXES)}."
+            )
         else:
             texts.append([given])
     if len(wanted) == 2 and any(len(text) == 1 for text in texts):
-        raise UserError("predict: this model reads pairs of texts; give a .csv or .jsonl file with both columns.")
+        raise UserError(
+            "predict: this model reads pairs of texts; give a .csv or .jsonl file with both columns."
+        )
     if not texts:
         raise UserError(f"predict: no text in {', '.join(inputs)}.")
     data = {name: [text[i] for text in texts] for i, name in enumerate(("text", "text_pair")[: len(wanted)])}
@@ -242,7 +262,9 @@ def _records(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             record = None
         if not isinstance(record, dict):
-            raise UserError(f"predict: {path}:{number} is not a JSON object. Write one a line, such as {{\"text\": \"…\"}}.")
+            raise UserError(
+                f'predict: {path}:{number} is not a JSON object. Write one a line, such as {{"text": "…"}}.'
+            )
         records.append(record)
     return records
 

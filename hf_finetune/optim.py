@@ -73,10 +73,14 @@ def group_parameters(plans: Sequence[PhasePlan], anatomy: Anatomy) -> list[Param
         taken = {group.name for group in groups}
         if name in taken:
             name = next(f"{name}/{n}" for n in range(2, len(taken) + 3) if f"{name}/{n}" not in taken)
-        groups.append(ParamGroup(name, layer_group, tuple(names), multiples, decays, sum(sizes[n] for n in names)))
+        groups.append(
+            ParamGroup(name, layer_group, tuple(names), multiples, decays, sum(sizes[n] for n in names))
+        )
     counted = [name for group in groups for name in group.parameters]
     trained = {name for plan in plans for name in plan.multiples}
-    assert len(counted) == len(set(counted)) and set(counted) == trained, "each trained parameter is in one group"
+    assert len(counted) == len(set(counted)) and set(counted) == trained, (
+        "each trained parameter is in one group"
+    )
     return groups
 
 
@@ -124,7 +128,12 @@ def build_optimizer(
 
 
 def set_rates(
-    optimizer: torch.optim.Optimizer, groups: Sequence[ParamGroup], *, phase: int, base_lr: float, multiple: float
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[ParamGroup],
+    *,
+    phase: int,
+    base_lr: float,
+    multiple: float,
 ) -> dict[str, float]:
     """Write every group's real learning rate for this step; return the rates of the groups that learn."""
     rates = {}

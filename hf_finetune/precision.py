@@ -19,7 +19,9 @@ def resolve_precision(precision: Precision, device: torch.device, where: str) ->
         RecipeError: the hardware cannot compute in the precision asked for.
     """
     if precision == "fp16" and device.type == "cpu":
-        raise RecipeError(f"{where}: fp16 does not train on a CPU. Use bf16 or fp32, or auto for what suits it.")
+        raise RecipeError(
+            f"{where}: fp16 does not train on a CPU. Use bf16 or fp32, or auto for what suits it."
+        )
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         name = torch.cuda.get_device_name(device)
         raise RecipeError(f"{where}: {name} has no bf16. Use fp16 or fp32, or auto for what suits it.")

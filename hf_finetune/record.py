@@ -79,7 +79,11 @@ class Record:
         self, step: int, phase: int, loss: float, rates: dict[str, float], samples_per_second: float
     ) -> None:
         """Append a training row."""
-        self._log(step, phase, {"split": "train", "loss": loss, "lr": rates, "samples_per_second": samples_per_second})
+        self._log(
+            step,
+            phase,
+            {"split": "train", "loss": loss, "lr": rates, "samples_per_second": samples_per_second},
+        )
         if self.accelerator is not None:
             values = {"train/loss": loss, "train/samples_per_second": samples_per_second}
             self.accelerator.log(values | {f"lr/{name}": rate for name, rate in rates.items()}, step=step)
@@ -108,7 +112,9 @@ class Record:
         if not self.is_main:
             return
         old, final = self.path / ".model.old", self.path / "model"
-        if old.exists() and not final.exists():  # stopped between putting the one away and the other in its place
+        if (
+            old.exists() and not final.exists()
+        ):  # stopped between putting the one away and the other in its place
             old.rename(final)
         if not final.exists():
             self._write_model(model, None)
@@ -127,7 +133,9 @@ class Record:
                 shutil.rmtree(self.path / ".model.new", ignore_errors=True)  # stopped while writing
                 self._folder.write_status(status=self.status, why=self.why, wall_seconds=round(seconds, 3))
                 rows = read_metrics(self.path)
-                save_curves(rows, read_status(self.path).get("best"), self.path / "curves.png", title=self.path.name)
+                save_curves(
+                    rows, read_status(self.path).get("best"), self.path / "curves.png", title=self.path.name
+                )
                 if (self.path / "model").is_dir():
                     shutil.copyfile(self.path / "curves.png", self.path / "model" / "curves.png")
             if self.accelerator is not None:

@@ -131,7 +131,9 @@ class SlantedTriangular(ScheduleSpec):
     warms_up: ClassVar[bool] = False
 
     def multiple(self, progress: float) -> float:
-        height = progress / self.rise if progress < self.rise else 1 - (progress - self.rise) / (1 - self.rise)
+        height = (
+            progress / self.rise if progress < self.rise else 1 - (progress - self.rise) / (1 - self.rise)
+        )
         return (1 + height * (self.ratio - 1)) / self.ratio
 
 

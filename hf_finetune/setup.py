@@ -92,8 +92,14 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         choices.append(Choice("task", task, f"the data holds {splits.modality}s"))
 
     if recipe.strategy.from_scratch and recipe.backbone.pretrained:
-        choices.append(Choice("backbone.pretrained", False, f"strategy {recipe.strategy.name} starts from random weights"))
-        recipe = recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"pretrained": False})})
+        choices.append(
+            Choice(
+                "backbone.pretrained", False, f"strategy {recipe.strategy.name} starts from random weights"
+            )
+        )
+        recipe = recipe.model_copy(
+            update={"backbone": recipe.backbone.model_copy(update={"pretrained": False})}
+        )
     backbone = load_backbone(recipe.backbone, splits.labels, splits.modality, seed=seed)
 
     image_side = min(backbone.input.size) if isinstance(backbone.input, ImageInput) else None
@@ -147,7 +153,16 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     build_optimizer(recipe.optimizer, groups, dict(backbone.model.named_parameters()))
     weights = class_weights(recipe.data, splits.labels, splits.train_counts)
     return Setup(
-        recipe, choices + resolved, notes, splits, backbone, reached, groups, timeline, micro_batch_size, weights
+        recipe,
+        choices + resolved,
+        notes,
+        splits,
+        backbone,
+        reached,
+        groups,
+        timeline,
+        micro_batch_size,
+        weights,
     )
 
 
@@ -185,7 +200,12 @@ def build_loaders(setup: Setup, accelerator: Accelerator) -> tuple[DataLoader, D
     recipe, splits, model_input = setup.recipe, setup.splits, setup.backbone.input
     max_length = recipe.data.max_length
     train = TrainSet(
-        splits.train, splits.labels, model_input, recipe.augment, seed=recipe.training.seed, max_length=max_length
+        splits.train,
+        splits.labels,
+        model_input,
+        recipe.augment,
+        seed=recipe.training.seed,
+        max_length=max_length,
     )
     validation = EvalSet(splits.validation, splits.labels, model_input, max_length=max_length)
     common: dict[str, Any] = {
@@ -202,7 +222,9 @@ def build_loaders(setup: Setup, accelerator: Accelerator) -> tuple[DataLoader, D
     )
 
 
-def _workers(asked: int | str, modality: str, rows: int, world_size: int, device: torch.device) -> tuple[int, str]:
+def _workers(
+    asked: int | str, modality: str, rows: int, world_size: int, device: torch.device
+) -> tuple[int, str]:
     """Return how many processes load data for each training process, and why."""
     if asked != "auto":
         return int(asked), "as the recipe says"

@@ -19,7 +19,12 @@ class Spec(BaseModel):
     """A frozen specification that refuses unknown keys and implicit type changes."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, validate_default=True, populate_by_name=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
     )
 
 
@@ -51,7 +56,11 @@ def parse_duration(value: Any) -> Duration:
         return value
     match = _DURATION.match(value) if isinstance(value, str) else None
     if match is None:
-        hint = f" For example '{value} epochs'." if isinstance(value, int) and not isinstance(value, bool) else ""
+        hint = (
+            f" For example '{value} epochs'."
+            if isinstance(value, int) and not isinstance(value, bool)
+            else ""
+        )
         raise ValueError(f"a duration is written {DURATION_FORMS}.{hint}")
     amount, unit = float(match[1]), match[2]
     if amount <= 0:
@@ -85,11 +94,18 @@ def parse_rate(value: Any) -> Rate:
     """Read a learning rate; raises ValueError that names the forms allowed."""
     if isinstance(value, Rate):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0:
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value >= 0
+    ):
         return Rate(float(value), relative=False)
     match = _MULTIPLE.match(value) if isinstance(value, str) else None
     if match is None:
-        raise ValueError("a rate is a number such as 3e-4, or a multiple of the base rate such as '0.1x'; not negative")
+        raise ValueError(
+            "a rate is a number such as 3e-4, or a multiple of the base rate such as '0.1x'; not negative"
+        )
     return Rate(float(match[1]), relative=True)
 
 

@@ -58,7 +58,10 @@ def finetune(recipe: Recipe, *, name: str = "recipe", quiet: bool = False) -> Ru
     record = Record.open(setup, state, name=name, started=started)
     accelerator = start_accelerator(setup, record)
     progress = Progress(
-        setup.timeline.total_steps, metric=setup.recipe.monitor.metric, quiet=quiet, is_main=state.is_main_process
+        setup.timeline.total_steps,
+        metric=setup.recipe.monitor.metric,
+        quiet=quiet,
+        is_main=state.is_main_process,
     )
     with progress, record.closing(accelerator), _sigterm_as_interrupt():
         try:
@@ -136,7 +139,10 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
         batch_size = micro_batches[0]["batch_size"]  # over all processes
         loss, answers = torch.zeros((), device=device), []
         for number, batch in enumerate(micro_batches, 1):
-            inputs, targets = to_device(batch["inputs"], device), batch["labels"].to(device, non_blocking=True)
+            inputs, targets = (
+                to_device(batch["inputs"], device),
+                batch["labels"].to(device, non_blocking=True),
+            )
             if mixing:
                 inputs["pixel_values"], targets = mix(
                     inputs["pixel_values"], soft_targets(targets, splits.labels), batch["indices"].tolist(),
@@ -146,7 +152,11 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
                 with accelerator.autocast():
                     logits = forward(wrapped, inputs)
                 losses = sample_losses(
-                    kind, logits, targets, class_weights=class_weight, label_smoothing=training.label_smoothing
+                    kind,
+                    logits,
+                    targets,
+                    class_weights=class_weight,
+                    label_smoothing=training.label_smoothing,
                 )
                 # Summed over samples and divided by the whole batch: short batches and uneven shares weigh right.
                 # DDP averages over processes, hence the factor.
@@ -160,7 +170,9 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
         if training.clip_norm is not None:
             norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
             if training.precision != "fp16" and not math.isfinite(norm):
-                raise TrainingError(_non_finite(f"the gradient norm is {norm}", step, epoch, answers, record, best))
+                raise TrainingError(
+                    _non_finite(f"the gradient norm is {norm}", step, epoch, answers, record, best)
+                )
         optimizer.step()
         optimizer.zero_grad()
         if ema:
@@ -216,7 +228,12 @@ def _share_buffers(model: nn.Module) -> None:
 
 
 def _non_finite(
-    what: str, step: int, epoch: int, answers: list[tuple[torch.Tensor, torch.Tensor]], record: Record, best: Best
+    what: str,
+    step: int,
+    epoch: int,
+    answers: list[tuple[torch.Tensor, torch.Tensor]],
+    record: Record,
+    best: Best,
 ) -> str:
     """Return the text of the error that stops a run at its first non-finite number; every process calls this.
 
@@ -229,7 +246,11 @@ def _non_finite(
     numbers = column_values(record.setup.splits.train, "row")  # as the data's own file counts
     rows = sorted(int(numbers[index]) for index in guilty)
     named = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
-    kept = f"The best model so far (step {best.step}) is in {record.path / 'model'}." if best.value is not None else ""
+    kept = (
+        f"The best model so far (step {best.step}) is in {record.path / 'model'}."
+        if best.value is not None
+        else ""
+    )
     return (
         f"step {step + 1}, epoch {epoch + 1}: {what}, in rows {named} of train (the first is 0). Look at these samples, "
         f"lower optimizer.lr, or train in precision: fp32. {kept}"

@@ -35,7 +35,9 @@ def plain(recipe: Recipe) -> tuple[float, float]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in learning
     base_lr = float(setup.recipe.optimizer.lr)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=base_lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=base_lr, weight_decay=0.0
+    )
     loader, validation = build_loaders(setup, accelerator)
     step, accuracies = 0, []
     while step < timeline.total_steps:
@@ -67,7 +69,9 @@ def frozen(recipe: Recipe) -> tuple[float, float]:
 
 def main() -> None:
     """Print best and last accuracy of both arms over the seeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("backbone")
     parser.add_argument("data")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")

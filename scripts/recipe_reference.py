@@ -23,7 +23,12 @@ from pydantic.fields import FieldInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works in a bare checkout, before any install
 
-from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, IMAGE_AUGMENTATIONS, TEXT_AUGMENTATIONS, AugmentationSpec
+from hf_finetune.augment.spec import (
+    BATCH_AUGMENTATIONS,
+    IMAGE_AUGMENTATIONS,
+    TEXT_AUGMENTATIONS,
+    AugmentationSpec,
+)
 from hf_finetune.recipe_schema import allowed_words, shown
 from hf_finetune.recipe_spec import Recipe
 from hf_finetune.schedule import SCHEDULES, ScheduleSpec
@@ -58,7 +63,11 @@ TABLES: dict[str, tuple[type[Spec], list[tuple[str, Mapping[str, type[Spec]]]]]]
     "schedule": (ScheduleSpec, [("", SCHEDULES)]),
     "augment": (
         AugmentationSpec,
-        [("For images", IMAGE_AUGMENTATIONS), ("For batches of images", BATCH_AUGMENTATIONS), ("For texts", TEXT_AUGMENTATIONS)],
+        [
+            ("For images", IMAGE_AUGMENTATIONS),
+            ("For batches of images", BATCH_AUGMENTATIONS),
+            ("For texts", TEXT_AUGMENTATIONS),
+        ],
     ),
 }
 LEADS = {
@@ -112,7 +121,9 @@ def table_section(base: type[Spec], groups: list[tuple[str, Mapping[str, type[Sp
         if title:
             yield f"### {title}\n"
         for name, spec in specs.items():
-            own = {key: field for key, field in spec.model_fields.items() if key != "name" and key not in shared}
+            own = {
+                key: field for key, field in spec.model_fields.items() if key != "name" and key not in shared
+            }
             yield f"{'####' if title else '###'} `{name}`\n\n{summary(spec)}\n"
             if own:
                 yield table(spec, own)

@@ -37,7 +37,18 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("entries: what people call", {"", "cli", "compare", "explain", "inference"}),
 ]  # fmt: skip
 
-HEAVY = ["torch", "torchvision", "transformers", "timm", "datasets", "accelerate", "peft", "evaluate", "sklearn", "matplotlib"]
+HEAVY = [
+    "torch",
+    "torchvision",
+    "transformers",
+    "timm",
+    "datasets",
+    "accelerate",
+    "peft",
+    "evaluate",
+    "sklearn",
+    "matplotlib",
+]
 
 # `--help`, `check` and `recipes` load these and no more.
 LIGHT = [
@@ -116,7 +127,8 @@ def test_nothing_imports_an_entry() -> None:
 
 def test_no_import_cycles() -> None:
     graph = {
-        module: {i for late in (False, True) for i in imports(module, inside_functions=late) if i} for module in SOURCES
+        module: {i for late in (False, True) for i in imports(module, inside_functions=late) if i}
+        for module in SOURCES
     }
     done: set[str] = set()
 
@@ -165,7 +177,12 @@ def test_no_module_is_called_utils_or_like_a_dependency() -> None:
     distributions = {dependency.split("[")[0].lower() for dependency in dependencies()}
     imported_as = {name.lower() for name, homes in importlib.metadata.packages_distributions().items()
                    if {home.lower().replace("-", "_") for home in homes} & distributions}  # fmt: skip
-    taken = distributions | imported_as | {"utils", "util", "helpers", "common", "misc"} | set(sys.stdlib_module_names)
+    taken = (
+        distributions
+        | imported_as
+        | {"utils", "util", "helpers", "common", "misc"}
+        | set(sys.stdlib_module_names)
+    )
     ours = {name.rsplit(".", 1)[-1] for name in SOURCES if name}
     assert not ours & taken
 
@@ -200,5 +217,9 @@ def test_no_print_and_nothing_left_to_do(module: str) -> None:
 
 
 def test_every_module_says_what_it_is_for() -> None:
-    silent = [name for name, path in SOURCES.items() if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    silent = [
+        name
+        for name, path in SOURCES.items()
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
     assert not silent

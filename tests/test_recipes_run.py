@@ -53,10 +53,16 @@ def test_full_runs_unedited_on_every_family(name: str, modality: str, family: st
         folder = tiny.transformers_folder(tmp_path / "backbone", family)
     data = "shipped/digits" if modality == "image" else "shipped/reviews"
     overrides = [f"backbone={folder}", f"data={data}", "data.max_samples=16", "training.steps=2"]
-    run = finetune(load_recipe("full", [*overrides, "training.batch_size=8", f"output={tmp_path / 'run'}"]), quiet=True)
+    run = finetune(
+        load_recipe("full", [*overrides, "training.batch_size=8", f"output={tmp_path / 'run'}"]), quiet=True
+    )
     assert run.status["status"] == "done"
     first = next(row for row in run.rows if row["split"] == "train")
-    assert first["loss"] == pytest.approx(math.log(len(run.status["labels"])), abs=2e-3), "a head of zeros knows nothing"
+    assert first["loss"] == pytest.approx(math.log(len(run.status["labels"])), abs=2e-3), (
+        "a head of zeros knows nothing"
+    )
     config = json.loads((run.model_folder / "config.json").read_text())
-    names = config.get("label_names") or [config["id2label"][key] for key in sorted(config["id2label"], key=int)]
+    names = config.get("label_names") or [
+        config["id2label"][key] for key in sorted(config["id2label"], key=int)
+    ]
     assert names == run.status["labels"]

@@ -36,7 +36,9 @@ CURVES: list[tuple[str, dict[str, Any], tuple[float, float, float, float]]] = [
 
 
 def schedule(name: str, options: dict[str, Any]) -> ScheduleSpec:
-    return SCHEDULES[name].model_validate({key: float(v) if isinstance(v, float) else v for key, v in options.items()})
+    return SCHEDULES[name].model_validate(
+        {key: float(v) if isinstance(v, float) else v for key, v in options.items()}
+    )
 
 
 @pytest.mark.parametrize(("name", "options", "expected"), CURVES)
@@ -54,7 +56,9 @@ def test_every_schedule_has_a_curve_here() -> None:
 @pytest.mark.parametrize("warmup_share", [0, 0.1, 0.5])
 def test_multiples_lie_in_0_1_and_no_step_is_wasted(name: str, span: int, warmup_share: float) -> None:
     warmup = int(span * warmup_share)
-    multiples = [multiple_at(SCHEDULES[name](), step, span_steps=span, warmup_steps=warmup) for step in range(span)]
+    multiples = [
+        multiple_at(SCHEDULES[name](), step, span_steps=span, warmup_steps=warmup) for step in range(span)
+    ]
     assert all(0 < multiple <= 1 for multiple in multiples)
     # A cosine of 997 steps ends at 2.5e-6 of its peak: small, but a step.
     assert min(multiples) > 1e-6
@@ -107,7 +111,9 @@ def test_slanted_triangular_is_the_paper_s(total: int, cut_frac: float, ratio: f
 
 
 def test_warmup_rises_in_equal_parts_to_the_curve_s_start() -> None:
-    multiples = [multiple_at(SCHEDULES["linear"](), step, span_steps=14, warmup_steps=4) for step in range(14)]
+    multiples = [
+        multiple_at(SCHEDULES["linear"](), step, span_steps=14, warmup_steps=4) for step in range(14)
+    ]
     assert multiples[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert multiples[5:] == pytest.approx([1 - step / 10 for step in range(1, 10)])
 
@@ -135,7 +141,9 @@ def test_durations(text: str, expected: Duration, steps: int) -> None:
     assert parse_duration(str(duration)) == duration
 
 
-@pytest.mark.parametrize("value", ["", "3", 3, 3.0, True, None, "3 hours", "-1 epochs", "0 epochs", "101%", "1.5 steps", "epochs"])
+@pytest.mark.parametrize(
+    "value", ["", "3", 3, 3.0, True, None, "3 hours", "-1 epochs", "0 epochs", "101%", "1.5 steps", "epochs"]
+)
 def test_no_durations(value: Any) -> None:
     with pytest.raises(ValueError, match=r"duration|whole"):
         parse_duration(value)
@@ -227,7 +235,9 @@ def test_reachable_phases(plans: list[PhasePlan], total: int, count: int) -> Non
         ("max", 2, 0.0, [math.nan, math.nan, 0.5], 2),
     ],
 )
-def test_patience(mode: Any, patience: int, min_delta: float, values: list[float], stops_at: int | None) -> None:
+def test_patience(
+    mode: Any, patience: int, min_delta: float, values: list[float], stops_at: int | None
+) -> None:
     watch = Patience(mode, patience, min_delta)
     stopped = next((n for n, value in enumerate(values, 1) if watch.exhausted_by(value)), None)
     assert stopped == stops_at
@@ -235,6 +245,8 @@ def test_patience(mode: Any, patience: int, min_delta: float, values: list[float
 
 def test_best_keeps_the_earlier_of_equals_and_never_nan() -> None:
     best = Best("max")
-    found = [best.update(v, step=n, epoch=n, metrics={}) for n, v in enumerate([math.nan, 0.5, 0.5, 0.6, math.nan])]
+    found = [
+        best.update(v, step=n, epoch=n, metrics={}) for n, v in enumerate([math.nan, 0.5, 0.5, 0.6, math.nan])
+    ]
     assert found == [False, True, False, True, False]
     assert (best.value, best.step) == (0.6, 3)

@@ -37,18 +37,24 @@ def model_card(setup: Setup, best: dict[str, Any] | None) -> str:
         base_model=recipe.backbone.id if from_hub else None,
         base_model_relation="finetune" if from_hub else None,
         tags=["hf_finetune", recipe.strategy.name],
-        model_name=f"{recipe.backbone.id.rstrip('/').split('/')[-1]}-{recipe.strategy.name}" if results else None,
+        model_name=f"{recipe.backbone.id.rstrip('/').split('/')[-1]}-{recipe.strategy.name}"
+        if results
+        else None,
         eval_results=results or None,
     )
     figures = "These weights were not measured."
     if best is not None:
-        rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in {**best["metrics"], "loss": best["loss"]}.items())
+        rows = "\n".join(
+            f"| {name} | {value:.4f} |" for name, value in {**best["metrics"], "loss": best["loss"]}.items()
+        )
         figures = (
             f"Measured on {report.rows['validation']} validation rows of `{source}`, at step {best['step']} "
             f"(epoch {best['epoch']:g}):\n\n| metric | value |\n| --- | --- |\n{rows}"
         )
     counts = report.class_counts.get("train", {})
-    label_rows = "\n".join(f"| {i} | {name} | {counts.get(name, '')} |" for i, name in enumerate(labels.names))
+    label_rows = "\n".join(
+        f"| {i} | {name} | {counts.get(name, '')} |" for i, name in enumerate(labels.names)
+    )
     usage = _USAGE[setup.backbone.library].replace("{task}", recipe.task)
     return f"""---
 {data.to_yaml()}

@@ -26,7 +26,9 @@ class Discriminative(StrategySpec):
     @model_validator(mode="after")
     def _one_way_to_rate_layers(self) -> Discriminative:
         if self.layer_decay is not None and self.backbone_lr not in (None, "auto"):
-            raise ValueError("`backbone_lr` and `layer_decay` both rate the backbone's layers: keep one, remove the other")
+            raise ValueError(
+                "`backbone_lr` and `layer_decay` both rate the backbone's layers: keep one, remove the other"
+            )
         return self
 
     def to_phases(self, anatomy: Anatomy) -> list[Phase]:

@@ -44,5 +44,7 @@ class Gradual(StrategySpec):
         for count in opened:
             train = HEAD if count == 1 else "all" if count == depth else f"last:{count}"
             # The last phase has no end of its own: it takes what is left of the run.
-            phases.append(Phase(train=train, batch_norm=self.batch_norm, **rates, **(span if count < depth else {})))
+            phases.append(
+                Phase(train=train, batch_norm=self.batch_norm, **rates, **(span if count < depth else {}))
+            )
         return phases

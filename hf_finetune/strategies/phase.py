@@ -43,7 +43,9 @@ class MatchSpec(Spec):
 def _check_selector(value: str) -> str:
     if value in _WORDS or _COUNTED.match(value) or _BLOCK.match(value):
         return value
-    raise ValueError(f"'{value}' is no selector; choose from {', '.join(SELECTORS)}.{did_you_mean(value, _WORDS)}")
+    raise ValueError(
+        f"'{value}' is no selector; choose from {', '.join(SELECTORS)}.{did_you_mean(value, _WORDS)}"
+    )
 
 
 class PlateauSpec(Spec):
@@ -76,7 +78,9 @@ class Phase(Spec):
 
     @field_validator("train")
     @classmethod
-    def _known_selectors(cls, value: str | MatchSpec | list[str | MatchSpec]) -> str | MatchSpec | list[str | MatchSpec]:
+    def _known_selectors(
+        cls, value: str | MatchSpec | list[str | MatchSpec]
+    ) -> str | MatchSpec | list[str | MatchSpec]:
         for selector in value if isinstance(value, list) else [value]:
             if isinstance(selector, str):
                 _check_selector(selector)
@@ -85,13 +89,21 @@ class Phase(Spec):
     @model_validator(mode="after")
     def _one_way_to_rate_layers(self) -> Phase:
         if self.backbone_lr is not None and self.layer_decay is not None:
-            raise ValueError("`backbone_lr` and `layer_decay` both rate the backbone's layers: keep one, remove the other")
+            raise ValueError(
+                "`backbone_lr` and `layer_decay` both rate the backbone's layers: keep one, remove the other"
+            )
         return self
 
     @property
     def patience(self) -> PatienceSpec | None:
         """The plateau that ends the phase, if one does."""
-        return PatienceSpec(patience=2) if self.until == "plateau" else self.until.plateau if self.until else None
+        return (
+            PatienceSpec(patience=2)
+            if self.until == "plateau"
+            else self.until.plateau
+            if self.until
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,9 @@ def plan_phases(phases: list[Phase], anatomy: Anatomy, base_lr: float) -> tuple[
         for parameter in anatomy.parameters:
             if parameter.name not in selected:
                 continue
-            multiple = phase.lr.multiple_of(base_lr) * _layer_multiple(phase, anatomy, parameter.group, base_lr)
+            multiple = phase.lr.multiple_of(base_lr) * _layer_multiple(
+                phase, anatomy, parameter.group, base_lr
+            )
             if multiple > 0:
                 multiples[parameter.name] = multiple
         if len(multiples) < len(selected):
@@ -133,7 +147,9 @@ def plan_phases(phases: list[Phase], anatomy: Anatomy, base_lr: float) -> tuple[
                 "a rate of 0 would still move BatchNorm statistics and keep dropout on"
             )
         if not multiples:
-            raise RecipeError(f"strategy: phase {number} trains nothing: every rate in it is 0. Give `lr` a value above 0.")
+            raise RecipeError(
+                f"strategy: phase {number} trains nothing: every rate in it is 0. Give `lr` a value above 0."
+            )
         batch_norm = "frozen" if phase.batch_norm == "auto" else phase.batch_norm
         plans.append(PhasePlan(_name(phase), multiples, batch_norm, phase.for_, phase.patience))
     # Its bias alone, which `biases` selects, could learn no more than how frequent the classes are.
@@ -171,10 +187,14 @@ def select(selector: str | MatchSpec, anatomy: Anatomy) -> frozenset[str]:
         return anatomy.names_in(set(anatomy.groups[-count:] if side == "last" else anatomy.groups[:count]))
     if selector in anatomy.groups:
         return anatomy.names_in({selector})
-    belongs = {"all": lambda p: True, "biases": lambda p: p.is_bias, "norms": lambda p: p.in_norm}.get(selector)
+    belongs = {"all": lambda p: True, "biases": lambda p: p.is_bias, "norms": lambda p: p.in_norm}.get(
+        selector
+    )
     found = frozenset(p.name for p in anatomy.parameters if belongs and belongs(p))
     if not found:
-        raise RecipeError(f"strategy: this backbone has no {selector}; its layer groups are {', '.join(anatomy.groups)}.")
+        raise RecipeError(
+            f"strategy: this backbone has no {selector}; its layer groups are {', '.join(anatomy.groups)}."
+        )
     return found
 
 

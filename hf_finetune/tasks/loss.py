@@ -10,7 +10,12 @@ from hf_finetune.data.spec import LabelKind
 
 
 def sample_losses(
-    kind: LabelKind, logits: Tensor, targets: Tensor, *, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+    kind: LabelKind,
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return the loss of each sample, shape (N,), in fp32.
 
@@ -37,4 +42,6 @@ def sample_losses(
 def probabilities(kind: LabelKind, logits: Tensor) -> Tensor:
     """Return class probabilities, or the predicted values for regression, as (N, outputs)."""
     logits = logits.float()
-    return {"single": lambda: logits.softmax(1), "multi": logits.sigmoid, "regression": lambda: logits}[kind]()
+    return {"single": lambda: logits.softmax(1), "multi": logits.sigmoid, "regression": lambda: logits}[
+        kind
+    ]()
