@@ -184,16 +184,44 @@ def test_a_sound_recipe_loads(text: str, overrides: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("written", "value"),
-    [("1e-3", 1e-3), ("1E-3", 1e-3), ("1e4", 1e4), ("1.5e3", 1500.0), (".5", 0.5), ("5.", 5.0), ("+2", 2), ("0x1f", 31)]
-    + [("0o17", 15), ("012", 12), (".inf", float("inf")), ("-.INF", float("-inf")), ("~", None), ("", None), ("Null", None)]
-    + [("true", True), ("FALSE", False), ("yes", "yes"), ("off", "off"), ("1_000", "1_000"), ("1:30", "1:30")]
-    + [("2024-01-31", "2024-01-31"), ("e3", "e3"), ("1e", "1e"), ("'1'", "1"), ("=", "="), ("train[:90%]", "train[:90%]")],
+    [
+        ("1e-3", 1e-3), ("1E-3", 1e-3), ("1e4", 1e4), ("1.5e3", 1500.0), (".5", 0.5), ("5.", 5.0), ("+2", 2),
+        ("0x1f", 31), ("0o17", 15), ("012", 12), (".inf", float("inf")), ("-.INF", float("-inf")),
+        ("~", None), ("", None), ("Null", None), ("true", True), ("FALSE", False), ("yes", "yes"), ("off", "off"),
+        ("1_000", "1_000"), ("1:30", "1:30"), ("2024-01-31", "2024-01-31"), ("e3", "e3"), ("1e", "1e"),
+        ("'1'", "1"), ("=", "="), ("train[:90%]", "train[:90%]"),
+    ],
 )  # fmt: skip
 def test_scalars_are_those_of_yaml_1_2(written: str, value: Any) -> None:
     recipe = load_recipe(write(f"strategy: full\nbackbone:\n  options:\n    x: {written}\n"))
     assert recipe.backbone.options == {"x": value}
     assert type(recipe.backbone.options["x"]) is type(value)
     assert load_recipe(write(dump_recipe(recipe))).backbone.options == {"x": value}
+
+
+def test_every_key_with_its_default_is_the_default() -> None:
+    text = """
+        task: auto
+        backbone: {id: shipped/tiny-resnet, revision: null, pretrained: true, options: {}}
+        data:
+          path: shipped/digits
+          config: null
+          train: train
+          validation: auto
+          test: null
+          columns: {image: image, text: text, label: label}
+          labels: single
+          max_samples: null
+        augment: auto
+        strategy: frozen
+        optimizer: {name: auto, lr: auto, weight_decay: auto}
+        schedule: {name: cosine, warmup: auto}
+        training: {epochs: 10, batch_size: 32, micro_batch_size: null, precision: auto, clip_norm: 1.0, seed: 0}
+        monitor: {evaluate: 1 epoch, early_stopping: null}
+        trackers: []
+        output: null
+        """
+    assert load_recipe(write(text)) == load_recipe(write("strategy: frozen"))
 
 
 @pytest.mark.parametrize(
@@ -409,7 +437,7 @@ def test_units_are_read_where_they_stand() -> None:
 def test_problems_from_python_are_placed_in_the_recipe() -> None:
     with pytest.raises(
         RecipeError,
-        match="^recipe: training.epochs\n  given -1; allowed: null or a number above 0\n1 problem",
+        match=r"^recipe: training\.epochs\n  given -1; allowed: null or a number above 0\n1 problem",
     ):
         parse_recipe({"strategy": "full", "training": {"epochs": -1}})
 
