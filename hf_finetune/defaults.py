@@ -50,7 +50,7 @@ STARTS: dict[str, dict[Family, Start]] = {
         "text": Start(3e-4, 0.01),
     },
     "full": {
-        "cnn": Start(5e-5, 0.05),
+        "cnn": Start(1e-4, 0.05),
         "vit": Start(5e-5, 0.05),
         "text": Start(5e-5, 0.01),
     },
