@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List
@@ -140,6 +141,11 @@ def test_a_folder_of_files_named_like_splits(tmp_path):
     splits = load(tmp_path, test="test")
     assert [*sizes(splits), len(splits.test)] == [10, 4, 6]
     assert sizes(load(tmp_path, train="test.csv", validation="dev.csv")) == [6, 4]
+    assert (
+        load(tmp_path, train="dev.csv", validation="validation")
+        .report.warnings[0]
+        .startswith("4 rows are in both")
+    )
     assert sizes(load(tmp_path, train=str(tmp_path / "test.csv"), validation="validation")) == [6, 4]
 
 
@@ -193,6 +199,58 @@ def test_shared_hymenoptera_and_sst2(shared_data):
     splits = load(shared_data("sst2"), test="test")
     assert ([*sizes(splits), len(splits.test)], splits.labels.names) == ([6920, 872, 1821], ("0", "1"))
     assert splits.report.columns == {"text": "sentence", "label": "label"}
+
+
+def test_files_that_are_no_images_are_noted(tmp_path):
+    write_images(tmp_path, {"ant": 4, "bee": 4})
+    (tmp_path / "bee" / "notes.txt").write_text("x")
+    (tmp_path / "bee" / ".hidden").write_text("x")
+    (tmp_path / "cat").mkdir()
+    notes = load(tmp_path).report.notes
+    assert notes[0].endswith("bee' are left out: by their ending they are no images (notes.txt)")
+    assert notes[1].endswith("cat' holds no image and is left out")
+
+
+HUB = {
+    "offline": (ConnectionError("Couldn't reach"), "the Hub cannot be reached (HF_HUB_OFFLINE is set)"),
+    "not there": (datasets.exceptions.DatasetNotFoundError("x"), "at revision 'abc' that you may read"),
+    "no config": (
+        ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample"
+        ),
+        "It has ['a', 'b']. Name one in data.config.",
+    ),
+    "other": (ValueError("something odd\nand more"), "it could not be loaded: something odd."),
+}
+
+
+@pytest.mark.parametrize("case", HUB)
+def test_what_the_hub_refuses_is_said(monkeypatch, case):
+    error, expected = HUB[case]
+
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError) as caught:
+        load("user/set", revision="abc")
+    assert expected in str(caught.value)
+
+
+def test_a_hub_set_is_loaded_by_config_and_revision(monkeypatch):
+    asked = {}
+
+    def give(path, **options):
+        asked.update(path=path, **options)
+        return DatasetDict(
+            {"train": Dataset.from_list(DICTS), "validation_matched": Dataset.from_list(DICTS)}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", give)
+    splits = load("user/set", config="mnli", revision="abc", validation="validation_matched")
+    assert asked == {"path": "user/set", "name": "mnli", "revision": "abc"}
+    assert splits.report.source == "user/set@abc"
+    assert sizes(splits) == [20, 20]
 
 
 # ---- which rows --------------------------------------------------------------------------------------------
@@ -490,7 +548,8 @@ def test_a_label_that_train_lacks_is_named_with_its_rows(tmp_path):
     write_csv(tmp_path / "train.csv", REVIEWS)
     write_csv(tmp_path / "dev.csv", [("so so", "mixed"), *REVIEWS[:4], ("hm", "mixed")])
     with pytest.raises(
-        DataError, match=r"label 'mixed' never occurs in train, 2 rows: row 0 of 'dev', row 5 of 'dev'"
+        DataError,
+        match=r"label 'mixed' is not one that is learned \(bad, good\), 2 rows: row 0 of 'dev', row 5 of 'dev'",
     ):
         load(tmp_path)
     report = load(tmp_path, on_error="skip").report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +276,24 @@ def test_an_epoch_left_early_leaves_nothing_behind(digits):
     assert torch.equal(
         joined(list(iterate_batches(workers, 1)))[1], joined(epoch_of(train, batch_size=8, epoch=1))[1]
     )
+
+
+def test_reading_data_leaves_torchs_generator_alone(digits):
+    train = TrainSet(digits.train, digits.labels, IMAGES, CROP_AND_FLIP, seed=5)
+    loaders = [train_loader(train, batch_size=25, workers=workers) for workers in (0, 1)]
+    state = torch.get_rng_state()
+    for loader in loaders:
+        list(iterate_batches(loader, 0))
+    list(eval_loader(EvalSet(digits.train, digits.labels, IMAGES), batch_size=50))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sets_can_be_sent_to_workers_that_are_not_forked(digits, tokenizer):
+    image = TrainSet(digits.train, digits.labels, IMAGES, CROP_AND_FLIP)
+    text = TrainSet(texts(), Labels("single", ("a", "b")), TextInput(tokenizer, 30), [WordDropout()])
+    sent = pickle.loads(pickle.dumps((image, text)))
+    assert torch.equal(sent[0][1, 2]["inputs"]["pixel_values"], image[1, 2]["inputs"]["pixel_values"])
+    assert sent[1][1, 2]["inputs"] == text[1, 2]["inputs"]
 
 
 @pytest.mark.parametrize("start", [0, 1, 6, 7])

@@ -266,6 +266,8 @@ def _options(dataset: EvalSet, workers: int, pin_memory: bool) -> dict[str, Any]
         ),
         "num_workers": workers,
         "persistent_workers": workers > 0,
+        # an iterator draws a seed for its workers: from here, so that reading data leaves torch's own generator alone
+        "generator": torch.Generator(),
         "worker_init_fn": _one_thread,
         "pin_memory": pin_memory,
     }
@@ -274,3 +276,4 @@ def _options(dataset: EvalSet, workers: int, pin_memory: bool) -> dict[str, Any]
 def _one_thread(worker: int) -> None:
     """Keep a worker to one thread: the others are its siblings'."""
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

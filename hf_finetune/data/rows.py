@@ -59,9 +59,12 @@ def select(source: Source, expression: str) -> Selection:
 
 
 def find_split(source: Source, name: str) -> str | None:
-    """Return the split's own name for `name`, which may be another usual one (`validation` for `dev`)."""
+    """Return the split's own name for `name`: its own, another usual one (`val` for `dev`), or its file's."""
     if name in source.splits:
         return name
+    file = Path(name)
+    if file.suffix in FILE_BUILDERS and file.parent == Path() and file.stem in source.splits:
+        return file.stem
     usual = next((names for names in SPLIT_NAMES.values() if name.lower() in names), ())
     return next((own for each in usual for own in source.splits if own.lower() == each), None)
 

@@ -57,7 +57,7 @@ def open_source(spec: DataSpec) -> Source:
 
     Raises DataError when it does not exist, cannot be reached or cannot be read.
     """
-    with _without_progress_bars():
+    with _quiet():
         if isinstance(spec.path, list):
             return open_files([_existing(path) for path in spec.path])
         if spec.path.startswith("shipped/"):
@@ -100,12 +100,12 @@ def read_files(files: list[Path]) -> Dataset:
     builder, options = FILE_BUILDERS[next(iter(kinds))]
     paths = [str(file.resolve()) for file in files]
     try:
-        with _without_progress_bars():
+        with _quiet():
             return datasets.load_dataset(builder, data_files={"train": paths}, split="train", **options)
     except Exception as error:
         raise DataError(
             f"data '{', '.join(str(file) for file in files)}': it cannot be read as {builder}: "
-            f"{_first_line(error.__cause__ or error)} Every row needs the same columns; repair that place."
+            f"{_first_line(error.__cause__ or error)} Every row needs the same columns, in UTF-8; repair that place."
         ) from error
 
 
@@ -150,10 +150,15 @@ def _open_image_folder(path: Path) -> Source:
     for split, root in roots.items():
         images, labels = [], []
         for folder in _subfolders(root):
-            found = _images(folder)
+            found, others = _images(folder)
             images += found
             labels += [folder.name] * len(found)
-            if not found:
+            if others:
+                notes.append(
+                    f"{len(others):,} files in '{folder}' are left out: "
+                    f"by their ending they are no images ({others[0]})"
+                )
+            elif not found:
                 notes.append(f"the folder '{folder}' holds no image and is left out")
         if images:
             features = Features({"image": Image(decode=False), "label": Value("string")})
@@ -172,13 +177,17 @@ def _subfolders(path: Path) -> list[Path]:
     return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def _images(folder: Path) -> list[str]:
-    """Return the image files anywhere below `folder`, sorted."""
-    return sorted(
+def _images(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the paths of the image files anywhere below `folder`, and the names of the other files, sorted."""
+    files = [
         os.path.join(place, name)
         for place, _, names in os.walk(folder)
         for name in names
-        if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        if not name.startswith(".") and name != "Thumbs.db"
+    ]
+    images = sorted(file for file in files if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES)
+    return images, sorted(
+        {os.path.basename(file) for file in files} - {os.path.basename(file) for file in images}
     )
 
 
@@ -237,12 +246,14 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Hold back the bars of `datasets`: the command line has its own."""
-    were_on = not datasets.are_progress_bars_disabled()
+def _quiet() -> Iterator[None]:
+    """Hold back the bars and log lines of `datasets`: what matters reaches the user as an error or a note."""
+    were_on, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(level)
         if were_on:
             datasets.enable_progress_bars()

@@ -160,8 +160,9 @@ def fingerprint(rows: Dataset) -> str:
         for cell in _image_cells(rows):
             content = cell["bytes"]
             if content is None:
-                content = f"{Path(cell['path']).name} {os.path.getsize(cell['path'])}".encode()
-            parts.append(hashlib.blake2b(content).digest() if whole else str(len(content)).encode())
+                parts.append(f"{Path(cell['path']).name} {os.path.getsize(cell['path'])}".encode())
+            else:
+                parts.append(hashlib.blake2b(content).digest() if whole else str(len(content)).encode())
     return _hash(*parts)
 
 

@@ -14,6 +14,9 @@ from hf_finetune.data.labels import Labels
 from hf_finetune.data.spec import DataSpec, LabelKind
 from hf_finetune.errors import DataError, did_you_mean
 
+NAMED = 10
+"""Labels that a message names."""
+
 Target = int | float | list[float]
 Cell = Any
 """What one row holds in the label column."""
@@ -76,7 +79,9 @@ def encode(
         return None, "no label"
     unknown = next((name for name in names if name not in index), None)
     if unknown is not None:
-        return None, f"label '{unknown}' never occurs in train"
+        learned = [name for name in labels.names if name in index]
+        more = ", …" if len(learned) > NAMED else ""
+        return None, f"label '{unknown}' is not one that is learned ({', '.join(learned[:NAMED])}{more})"
     if labels.kind == "single":
         return index[names[0]], ""
     hot = [0.0] * labels.outputs
@@ -115,10 +120,10 @@ def class_weights(spec: DataSpec, labels: Labels, counts: Sequence[int]) -> list
     else:
         for name in spec.class_weights:
             if name not in labels.names:
-                more = ", …" if labels.outputs > 20 else ""
+                more = ", …" if labels.outputs > NAMED else ""
                 raise DataError(
                     f"data.class_weights: there is no label '{name}'.{did_you_mean(name, labels.names)} "
-                    f"The labels are {', '.join(labels.names[:20])}{more}."
+                    f"The labels are {', '.join(labels.names[:NAMED])}{more}."
                 )
         weights = [spec.class_weights.get(name, 1.0) for name in labels.names]
     mean = sum(weight * count for weight, count in zip(weights, counts, strict=True)) / sum(counts)
