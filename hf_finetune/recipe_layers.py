@@ -147,20 +147,22 @@ def _with(node: Node, key: str | int, child: Node) -> Node:
 
 
 def _setting(value: Node) -> Change:
+    """Return the change that puts `value` in place of what a key holds."""
+
     def change(node: Node, outer: Keys, key: str | int) -> Node:
-        section = dotted(outer)
-        if not outer or section == "augment":
-            layer = spelled_out(
-                Node({"augment": Node([value], value.place)} if outer else {str(key): value}, value.place)
-            )
-            return _with(node, key, layer.value["augment"].value[0] if outer else layer.value[key])
-        kept = node.value
-        above = Node({str(key): value}, value.place)
-        if isinstance(kept, dict):
-            ours = {k: child for k, child in kept.items() if child.place == COMMAND_LINE}
-            if section != "optimizer" and _restarts(section, node, above):
-                kept = ours
-            kept = {k: child for k, child in kept.items() if k in ours or k not in _give_way(section, above)}
+        if not outer:
+            return _with(node, key, spelled_out(Node({str(key): value}, value.place)).value[key])
+        if outer == ("augment",):
+            items = spelled_out(Node({"augment": Node([value], value.place)}, value.place)).value["augment"]
+            return _with(node, key, items.value[0])
+        if not isinstance(node.value, dict):
+            return _with(node, key, value)
+        # As between layers, but what the command line said before stays, so that the order of overrides does not
+        # matter; and an optimizer's dotted name changes one key, since its options are those of every optimizer.
+        section, above = dotted(outer), Node({str(key): value}, value.place)
+        restarts = section != "optimizer" and _restarts(section, node, above)
+        given_way = set(node.value) if restarts else _give_way(section, above)
+        kept = {k: c for k, c in node.value.items() if k not in given_way or c.place == COMMAND_LINE}
         return _with(Node(kept, node.place), key, value)
 
     return change

@@ -90,6 +90,7 @@ def spec_problems(error: ValidationError, root: Node) -> dict[Keys, Problem]:
 def node_at(root: Node, keys: Keys) -> Node:
     """Return the node at `keys`, or the last one on the way that is there."""
     for key in keys:
+        key = str(key) if isinstance(root.value, dict) else key
         inside = isinstance(root.value, dict) and key in root.value
         if not inside and not (
             isinstance(root.value, list) and isinstance(key, int) and key < len(root.value)

@@ -375,6 +375,7 @@ def test_a_file_beside_wins_over_a_shipped_recipe() -> None:
         (["~augment.1"], "augment", [{"name": "mixup", "alpha": 0.3, "p": 1.0}]),
         (["output=a=b"], "output", "a=b"),
         (["data.class_weights.7=2.0"], "data.class_weights", {"7": 2.0}),
+        (["data.class_weights.7=2.0", "~data.class_weights.7"], "data.class_weights", {}),
         (["trackers=[wandb]"], "trackers", ["wandb"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else None,
