@@ -128,7 +128,7 @@ def resolve(
         RecipeError: no starting rate is published here for the chosen optimizer.
     """
     strategy, optimizer, schedule = recipe.strategy, recipe.optimizer, recipe.schedule
-    key = "layer_decay" if getattr(strategy, "layer_decay", None) is not None else strategy.name
+    key = _starting_point(strategy)
     start, source = STARTS[key][family], f"{family}, {key}: {_SOURCES[key]}"
     choices: list[Choice] = []
 
@@ -177,6 +177,14 @@ def resolve(
         update={"optimizer": optimizer, "strategy": strategy, "schedule": schedule, "training": training}
     )
     return resolved, choices
+
+
+def _starting_point(strategy: StrategySpec) -> str:
+    """Return the key of `STARTS` that a strategy stands for."""
+    backbone_lr = getattr(strategy, "backbone_lr", None)
+    if strategy.name == "discriminative" and isinstance(backbone_lr, Rate) and backbone_lr.value == 0:
+        return "frozen"  # which is what the run does
+    return "layer_decay" if getattr(strategy, "layer_decay", None) is not None else strategy.name
 
 
 def _resolve_strategy(
