@@ -181,7 +181,7 @@ def _specs(slot: Slot, node: Node) -> Iterator[type[Spec]]:
     for option in _options(slot):
         if table := _table(option):
             name = table.name_of(plain(node))
-            if name in table.specs:
+            if isinstance(name, str) and name in table.specs:
                 yield table.specs[name]
         elif _is_spec(option.annotation):
             yield option.annotation
