@@ -101,6 +101,7 @@ ODD_VALUES = [
     {},
     {"a": 1},
     {"name": "x"},
+    {"name": [1]},
     [{}],
     float("nan"),
 ]
@@ -400,6 +401,11 @@ def test_an_override_is_placed_on_the_command_line() -> None:
     recipe = load_recipe(write("strategy: full\ntraining: {seed: 1}"), ["training.seed=2", "data=user/set"])
     assert recipe.where("training.seed") == "command line: training.seed"
     assert recipe.where("data.path") == "command line: data.path"
+
+
+def test_overrides_after_a_broken_name_are_answered_too() -> None:
+    with pytest.raises(RecipeError, match=r"given \[1\]; allowed: constant, linear"):
+        load_recipe(write("strategy: full"), ["schedule.name=[1]", "~schedule.factor"])
 
 
 def test_where_a_recipe_came_from_does_not_tell_it_apart() -> None:
