@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 from hf_finetune.augment.grid import save_augment_grid
-from hf_finetune.data.loaders import iterate_batches
+from hf_finetune.data.loaders import TrainSet, iterate_batches
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.freeze import FreezeScope
 from hf_finetune.models.load import forward, module_groups
@@ -54,6 +54,7 @@ def explain_recipe(recipe: Recipe, folder: Path) -> None:
     _print_cost(setup, accelerator, steps, loader, validation)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "augment.png"
+    assert isinstance(loader.dataset, TrainSet)
     save_augment_grid(loader.dataset, path)
     _say(f"what the model receives: {path}")
 
@@ -157,7 +158,8 @@ def _print_cost(
     total = training + measuring
     _say(
         f"{setup.timeline.total_steps} steps, {setup.timeline.steps_per_epoch} per epoch, {evaluations} evaluations: "
-        f"about {total:.0f} s ({training:.0f} s training, {measuring:.0f} s measuring); the first batch loaded in {loading:.2g} s"
+        f"about {total:.0f} s ({training:.0f} s training, {measuring:.0f} s measuring); "
+        f"the first batch loaded in {loading:.2g} s"
     )
 
 

@@ -70,7 +70,7 @@ def fingerprints(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """Return a hash of the bytes of each tensor."""
     return {
         name: hashlib.blake2b(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), digest_size=16
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, digest_size=16
         ).hexdigest()
         for name, tensor in tensors.items()
         if tensor.numel()

@@ -100,8 +100,10 @@ class Record:
         if not self.is_main:
             return
         monitor = self.setup.recipe.monitor
-        found = {"metric": monitor.metric, "mode": monitor.mode, "value": best.value, "step": best.step, "epoch": best.epoch,
-                 "metrics": best.metrics, "loss": result.loss}  # fmt: skip
+        found = {
+            "metric": monitor.metric, "mode": monitor.mode, "value": best.value, "step": best.step,
+            "epoch": best.epoch, "metrics": best.metrics, "loss": result.loss,
+        }  # fmt: skip
         self._write_model(model, found)
         if self.setup.splits.labels.kind == "single":
             self._folder.write_predictions(result.labels.tolist(), result.logits.argmax(1).tolist())

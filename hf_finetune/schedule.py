@@ -64,7 +64,7 @@ class Cosine(ScheduleSpec):
 
 
 class CosineRestarts(ScheduleSpec):
-    """Cosine annealing that starts again `cycles` times, each cycle `stretch` times the one before (arXiv 1608.03983)."""
+    """Cosine annealing in `cycles`, each `stretch` times as long as the one before (arXiv 1608.03983)."""
 
     name: Literal["cosine_restarts"] = "cosine_restarts"
     cycles: Annotated[int, Field(ge=1)] = 3
@@ -183,7 +183,7 @@ SCHEDULES: dict[str, type[ScheduleSpec]] = {
 def multiple_at(schedule: ScheduleSpec, step: int, *, span_steps: int, warmup_steps: int) -> float:
     """Return the multiple of the rate for optimizer step `step` (from 0) of a span of `span_steps`.
 
-    The warmup rises in equal parts, and the step after it is the first at the full rate; the curve covers the steps that
+    The warmup rises in equal parts; the step after it is the first at the full rate. The curve covers the steps that
     remain, and its end lies on the last step's far side: no step is spent at a rate of zero.
     """
     if step < warmup_steps:

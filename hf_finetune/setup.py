@@ -16,7 +16,7 @@ from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader
 
 from hf_finetune.augment.presets import resolve_augment
-from hf_finetune.augment.spec import BATCH_AUGMENTATIONS
+from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, AugmentationSpec
 from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, train_loader
 from hf_finetune.data.splits import Splits, load_splits
 from hf_finetune.data.targets import class_weights
@@ -65,7 +65,13 @@ class Setup:
     @property
     def mixes(self) -> bool:
         """Whether samples are mixed in pairs."""
-        return any(each.name in BATCH_AUGMENTATIONS for each in self.recipe.augment)  # type: ignore[union-attr]
+        return any(each.name in BATCH_AUGMENTATIONS for each in self.augmentations)
+
+    @property
+    def augmentations(self) -> list[AugmentationSpec]:
+        """What `augment` was resolved to."""
+        assert isinstance(self.recipe.augment, list)
+        return self.recipe.augment
 
 
 def process_state() -> PartialState:
@@ -203,7 +209,7 @@ def build_loaders(setup: Setup, accelerator: Accelerator) -> tuple[DataLoader, D
         splits.train,
         splits.labels,
         model_input,
-        recipe.augment,
+        setup.augmentations,
         seed=recipe.training.seed,
         max_length=max_length,
     )

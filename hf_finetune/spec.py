@@ -8,11 +8,18 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
 Auto = Literal["auto"]
+T = TypeVar("T")
+
+
+def resolved(value: T | Auto) -> T:
+    """Return a value that was `auto` at most until the recipe was resolved."""
+    assert value != "auto", "resolve the recipe first"
+    return value
 
 
 class Spec(BaseModel):

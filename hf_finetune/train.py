@@ -24,7 +24,7 @@ from hf_finetune.errors import Interrupted, TrainingError
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_tensors
 from hf_finetune.models.load import forward, module_groups
-from hf_finetune.monitor import Best, Patience
+from hf_finetune.monitor import Best, Mode, Patience
 from hf_finetune.optim import build_optimizer, set_rates
 from hf_finetune.progress import Progress
 from hf_finetune.recipe import Recipe
@@ -32,6 +32,7 @@ from hf_finetune.record import Record, start_accelerator
 from hf_finetune.runfolder import Run, load_run
 from hf_finetune.schedule import ReduceOnPlateau
 from hf_finetune.setup import Setup, build_loaders, prepare, process_state
+from hf_finetune.spec import resolved
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.timeline import phase_end, rate_multiple
 
@@ -99,18 +100,20 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
     measured = ema.module if ema else model
 
     loader, validation = build_loaders(setup, accelerator)
-    mixing = mixers(recipe.augment)
+    mixing = mixers(setup.augmentations)
     class_weight = torch.tensor(setup.class_weights, device=device) if setup.class_weights else None
 
-    best = Best(monitor.mode)
-    early = Patience(monitor.mode, **monitor.early_stopping.model_dump()) if monitor.early_stopping else None
+    mode: Mode = resolved(monitor.mode)
+    best = Best(mode)
+    early = Patience(mode, **monitor.early_stopping.model_dump()) if monitor.early_stopping else None
     reduce = recipe.schedule if isinstance(recipe.schedule, ReduceOnPlateau) else None
-    reducing = Patience(monitor.mode, reduce.patience, reduce.min_delta) if reduce else None
+    reducing = Patience(mode, reduce.patience, reduce.min_delta) if reduce else None
     reduction = 1.0  # what reduce_on_plateau has brought the rates down to
     log_every = max(1, timeline.total_steps // LOGGED_STEPS)
     seen, clock = 0, time.monotonic()  # samples and time since the last training row
 
     step, index, start, end = 0, -1, 0, 0
+    still: dict[str, str] = {}  # fingerprints of what is frozen in this phase
     batches: Iterator[list[dict[str, Any]]] = iter(())
     while step < timeline.total_steps:
         if step == end:
@@ -123,7 +126,7 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
             scope.apply(plan, setup.backbone.anatomy, groups_of_modules)
             still = fingerprints(frozen_tensors(model, plan))
             wrapped = _wrap(accelerator, model)
-            plateau = Patience(monitor.mode, **plan.patience.model_dump()) if plan.patience else None
+            plateau = Patience(mode, **plan.patience.model_dump()) if plan.patience else None
             if early:
                 early.restart()
             if len(setup.plans) > 1:
@@ -222,7 +225,7 @@ def _wrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def _share_buffers(model: nn.Module) -> None:
-    """Give every process the main one's buffers, as kept with the model: each has BatchNorm statistics of its own share."""
+    """Give every process the main one's buffers, as kept with the model: each has statistics of its own share."""
     for buffer in model.buffers():
         broadcast(buffer)
 
@@ -252,8 +255,8 @@ def _non_finite(
         else ""
     )
     return (
-        f"step {step + 1}, epoch {epoch + 1}: {what}, in rows {named} of train (the first is 0). Look at these samples, "
-        f"lower optimizer.lr, or train in precision: fp32. {kept}"
+        f"step {step + 1}, epoch {epoch + 1}: {what}, in rows {named} of train (the first is 0). "
+        f"Look at these samples, lower optimizer.lr, or train in precision: fp32. {kept}"
     ).rstrip()
 
 

@@ -33,7 +33,8 @@ from hf_finetune.recipe_schema import allowed_words, shown
 from hf_finetune.recipe_spec import Recipe
 from hf_finetune.schedule import SCHEDULES, ScheduleSpec
 from hf_finetune.spec import Spec
-from hf_finetune.strategies import STRATEGIES, StrategySpec
+from hf_finetune.strategies import STRATEGIES
+from hf_finetune.strategies.base import StrategySpec
 from hf_finetune.strategies.phase import Phase
 from hf_finetune.tasks.metrics import METRICS
 
@@ -47,10 +48,11 @@ A recipe is a YAML file; every key but `strategy` may be left out. This page is 
 
 - **Short forms.** A bare value for `backbone`, `data`, `strategy`, `optimizer` or `schedule` stands for its first key:
   `backbone: timm/resnet18.a1_in1k` is `backbone: {id: timm/resnet18.a1_in1k}`, `strategy: full` is `{name: full}`.
-- **Extending.** `extends: other.yaml` (beside this file, or a shipped recipe's name) is read first; mappings merge key by
-  key, lists are replaced. A section that names another strategy, optimizer or schedule starts afresh.
+- **Extending.** `extends: other.yaml` (beside this file, or a shipped recipe's name) is read first; mappings merge key
+  by key, lists are replaced. A section that names another strategy, optimizer or schedule starts afresh.
 - **Overrides.** `KEY=VALUE` on the command line, with a dotted key and a YAML value: `training.epochs=3`. `a.b=` sets
-  nothing (null), `~a.b` takes a key out so that its default holds. `data=…` replaces the whole section, `data.path=…` one key.
+  nothing (null), `~a.b` takes a key out so that its default holds. `data=…` replaces the whole section, `data.path=…`
+  one key.
 - **Durations** are `N epochs`, `N steps` (of the optimizer) or `N%` of the run. **Rates** are a number (`3e-4`) or a
   multiple of the base rate (`0.1x`).
 - **`auto`** is resolved from the backbone's family, the strategy and the data's size; `hf-finetune explain` prints each
@@ -71,7 +73,9 @@ TABLES: dict[str, tuple[type[Spec], list[tuple[str, Mapping[str, type[Spec]]]]]]
     ),
 }
 LEADS = {
-    "strategy": "Which layers learn when. A bare name takes the defaults; [strategies.md](strategies.md) says when to use which.",
+    "strategy": (
+        "Which layers learn when. A bare name takes the defaults; when to use which: [strategies.md](strategies.md)."
+    ),
     "schedule": "How the rate runs from the first step to the last, as a multiple of each group's own rate.",
     "augment": (
         "`auto`, `none`, `light`, `standard` or `strong`, or a list of the following: names, or mappings with options "

@@ -30,7 +30,8 @@ LAYERS: list[tuple[str, set[str]]] = [
     ),
     (
         "recipe: the specs composed, read, checked and written",
-        {"checks", "foreign_names", "recipe", "recipe_errors", "recipe_layers", "recipe_schema", "recipe_spec", "yaml_source"},
+        {"checks", "foreign_names", "recipe", "recipe_errors", "recipe_layers", "recipe_schema", "recipe_spec",
+         "yaml_source"},
     ),
     ("plan: a recipe on one backbone, one data set, one machine", {"defaults", "precision", "timeline", "setup"}),
     ("run: the loop and what it leaves behind", {"hub", "record", "train"}),
@@ -206,8 +207,9 @@ def test_the_loop_can_be_read_in_one_go() -> None:
 @pytest.mark.parametrize("module", SOURCES)
 def test_no_print_and_nothing_left_to_do(module: str) -> None:
     text = SOURCES[module].read_text(encoding="utf-8")
-    calls = [node.lineno for node in ast.walk(ast.parse(text))
-             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"print", "breakpoint"}]  # fmt: skip
+    called = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    names = [(node.func.id, node.lineno) for node in called if isinstance(node.func, ast.Name)]
+    calls = [line for name, line in names if name in {"print", "breakpoint"}]
     notes = [
         token.start[0]
         for token in tokenize.generate_tokens(io.StringIO(text).readline)

@@ -23,7 +23,7 @@ class BackboneSpec(Spec):
     options: dict[str, Any] = {}
     """Passed to the model's constructor (`drop_path_rate`, `attn_implementation`, …)."""
     head_init: HeadInit = "zero"
-    """`zero` starts the new output layer at zero, so the first loss is ln(classes); `library` keeps the library's own."""
+    """`zero` starts the new output layer at zero, so the first loss is ln(classes); `library` keeps the library's."""
     min_loaded: float = Field(0.9, ge=0, le=1)
     """Smallest share of the backbone's parameters the checkpoint must fill."""
     trust_remote_code: bool = False

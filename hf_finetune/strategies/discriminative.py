@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hf_finetune.models.anatomy import Anatomy
-from hf_finetune.spec import Auto, RateField
+from hf_finetune.spec import Auto, RateField, resolved
 from hf_finetune.strategies.base import StrategySpec
 from hf_finetune.strategies.phase import BatchNorm, Phase
 
@@ -33,5 +33,5 @@ class Discriminative(StrategySpec):
 
     def to_phases(self, anatomy: Anatomy) -> list[Phase]:
         if self.layer_decay is not None:
-            return [Phase(train="all", layer_decay=self.layer_decay, batch_norm=self.batch_norm)]
-        return [Phase(train="all", backbone_lr=self.backbone_lr, batch_norm=self.batch_norm)]
+            return [Phase(train="all", layer_decay=resolved(self.layer_decay), batch_norm=self.batch_norm)]
+        return [Phase(train="all", backbone_lr=resolved(self.backbone_lr), batch_norm=self.batch_norm)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from hf_finetune.models.anatomy import HEAD, Anatomy
 from hf_finetune.monitor import PatienceSpec
-from hf_finetune.spec import Auto, Duration, DurationField, RateField
+from hf_finetune.spec import Auto, Duration, DurationField, RateField, resolved
 from hf_finetune.strategies.base import StrategySpec
 from hf_finetune.strategies.phase import BatchNorm, Phase, PlateauSpec
 
@@ -33,13 +33,12 @@ class Gradual(StrategySpec):
     def to_phases(self, anatomy: Anatomy) -> list[Phase]:
         depth = len(anatomy.groups)
         opened = [*range(1, depth, self.groups), depth]
-        rates = (
-            {"layer_decay": 1 / self.decay} if self.decay is not None else {"backbone_lr": self.backbone_lr}
-        )
+        rates: dict[str, Any] = {"backbone_lr": resolved(self.backbone_lr)}
+        if self.decay is not None:
+            rates = {"layer_decay": 1 / self.decay}
+        span: dict[str, Any] = {"for_": self.every}
         if self.every == "plateau":
             span = {"until": PlateauSpec(plateau=PatienceSpec(patience=self.patience))}
-        else:
-            span = {"for_": self.every}
         phases = []
         for count in opened:
             train = HEAD if count == 1 else "all" if count == depth else f"last:{count}"

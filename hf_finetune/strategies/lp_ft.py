@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from hf_finetune.models.anatomy import HEAD, Anatomy
-from hf_finetune.spec import Auto, Duration, DurationField, RateField
+from hf_finetune.spec import Auto, Duration, DurationField, RateField, resolved
 from hf_finetune.strategies.base import StrategySpec
 from hf_finetune.strategies.phase import BatchNorm, Phase
 
@@ -25,5 +25,5 @@ class LpFt(StrategySpec):
     def to_phases(self, anatomy: Anatomy) -> list[Phase]:
         return [
             Phase(train=HEAD, for_=self.probe),
-            Phase(train="all", lr=self.full_lr, batch_norm=self.batch_norm),
+            Phase(train="all", lr=resolved(self.full_lr), batch_norm=self.batch_norm),
         ]

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import field_validator
 
 from hf_finetune.models.anatomy import HEAD, Anatomy
-from hf_finetune.spec import Auto, RateField
+from hf_finetune.spec import Auto, RateField, resolved
 from hf_finetune.strategies.base import StrategySpec
 from hf_finetune.strategies.phase import BatchNorm, Phase
 
@@ -40,4 +40,6 @@ class Surgical(StrategySpec):
             "middle": backbone[middle : middle + third],
             "last": backbone[-third:],
         }.get(self.block, (self.block,))
-        return [Phase(train=[*chosen, HEAD], backbone_lr=self.backbone_lr, batch_norm=self.batch_norm)]
+        return [
+            Phase(train=[*chosen, HEAD], backbone_lr=resolved(self.backbone_lr), batch_norm=self.batch_norm)
+        ]
