@@ -21,7 +21,7 @@ from hf_finetune.evaluation import Evaluation
 from hf_finetune.inference import evaluate_model, load_trained
 from hf_finetune.runfolder import load_run, read_status
 
-PLAIN = {"schedule": "constant", "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.0, "weight_decay": 0.0}}
+PLAIN = {"schedule": {"name": "constant", "warmup": None}, "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.0, "weight_decay": 0.0}}
 EVERY = {"evaluate": "1 steps"}
 
 
@@ -132,7 +132,7 @@ def test_reduce_on_plateau_lowers_every_rate(tmp_path: Path, scripted: Any) -> N
         schedule={"name": "reduce_on_plateau", "factor": 0.1, "patience": 2, "floor": 0.005, "warmup": None},
     )  # fmt: skip
     head = [row["lr"]["head"] for row in runs.train_rows(run)]
-    assert head == pytest.approx([1e-2] * 3 + [1e-3] * 3 + [5e-5] * 3 if False else [1e-2] * 3 + [1e-3] * 3 + [1e-4] * 2 + [5e-5])
+    assert head == pytest.approx([1e-2] * 3 + [1e-3] * 3 + [1e-4] * 2 + [5e-5])
     assert [row["lr"]["stem"] for row in runs.train_rows(run)] == pytest.approx([rate / 10 for rate in head])
 
 
