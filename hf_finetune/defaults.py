@@ -105,7 +105,7 @@ STARTS: dict[str, dict[Family, Start]] = {
 LR_FACTORS = {"adamw": 1.0, "adam": 1.0, "nadam": 1.0, "nadamw": 1.0, "radam": 1.0, "adan": 3.0, "lamb": 10.0,
               "lion": 0.2, "sgd": 30.0, "nesterov": 30.0}  # fmt: skip
 
-# Under this many training samples BatchNorm statistics stay as pretrained: batches of fine-tuning are too few and small.
+# Under this many training samples BatchNorm statistics stay as pretrained: fine-tuning sees too few, too small batches.
 BATCH_NORM_TRAINS_FROM = 20_000
 BATCH_NORM_MIN_BATCH = 32
 
