@@ -12,10 +12,13 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List
 from PIL import Image as PILImage
 
+from hf_finetune.data import checks
 from hf_finetune.data.columns import column_values
+from hf_finetune.data.fingerprint import fingerprint
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.spec import ColumnsSpec, DataSpec
-from hf_finetune.data.splits import class_weights, fingerprint, load_split, load_splits
+from hf_finetune.data.splits import load_split, load_splits
+from hf_finetune.data.targets import class_weights
 from hf_finetune.errors import DataError
 
 REVIEWS = [
@@ -307,6 +310,13 @@ def test_the_fingerprint_follows_the_content_not_the_place(tmp_path):
     assert load(tmp_path / "y").report.fingerprint != prints[0]
     one, two = (Dataset.from_dict({"text": [word], "label": [0]}) for word in ("one", "two"))
     assert fingerprint(one) != fingerprint(two)
+    inside = [
+        Dataset.from_dict({"image": [content, b"12"]}, features=Features({"image": Image(decode=False)}))
+        for content in (b"12", b"21")
+    ]
+    assert fingerprint(inside[0]) != fingerprint(inside[1])
+    assert fingerprint(inside[0].select([1, 0])) == fingerprint(inside[0])
+    assert fingerprint(inside[1].select([1, 0])) != fingerprint(inside[1])
 
 
 # ---- columns -----------------------------------------------------------------------------------------------
@@ -542,6 +552,25 @@ def test_a_truncated_image_is_named_when_it_is_read_or_skipped_up_front(tmp_path
     splits = load(path, validation="train", on_error="skip")
     assert "bee4.jpg" in splits.report.skipped_rows[0]
     assert len(list(splits.train)) == 12
+
+
+def test_a_missing_image_in_a_table_is_named(tmp_path):
+    image = PILImage.new("RGB", (5, 5))
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    data = Dataset.from_dict({"image": [image, None, image, image], "label": [0, 1, 0, 1]}, features=features)
+    data.save_to_disk(str(tmp_path / "disk"))
+    expected = r"cannot be decoded \(the cell is empty\), 1 row: row 1 of 'train'"
+    with pytest.raises(DataError, match=expected):
+        load(tmp_path / "disk", validation="train")
+    assert load(tmp_path / "disk", validation="train", on_error="skip").report.rows["train"] == 3
+
+
+def test_of_very_many_images_only_a_sample_is_looked_at_up_front(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "MAX_HEADERS", 10)
+    splits = load(broken_image(tmp_path), validation="train")
+    assert splits.report.image_side == 10
+    with pytest.raises(DataError, match=r"ant3\.png' cannot be decoded"):
+        list(splits.train)
 
 
 def test_a_label_that_train_lacks_is_named_with_its_rows(tmp_path):

@@ -18,8 +18,6 @@ from hf_finetune.models.backbone import ImageInput
 if TYPE_CHECKING:
     from hf_finetune.data.loaders import TrainSet
 
-FIGURE_COLOUR = "white"
-
 
 def save_augment_grid(train_set: TrainSet, path: Path, *, samples: int = 8, views: int = 6) -> None:
     """Write a PNG of `samples` training rows, each next to its views of the first `views` epochs.

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
@@ -55,8 +56,11 @@ def check_images(cells: Iterable[Any], *, full: bool) -> tuple[dict[int, str], l
 
     Reads the headers only, or with `full` every pixel, in threads.
     """
+    cells, results = iter(cells), list[str | int]()
     with ThreadPoolExecutor(max_workers=min(8, 2 * (os.cpu_count() or 1))) as pool:
-        results = list(pool.map(lambda cell: _check_image(cell, full), cells))
+        # a few at a time, since the pool holds all it is given
+        while chunk := list(islice(cells, 256)):
+            results += pool.map(lambda cell: _check_image(cell, full), chunk)
     problems = {position: result for position, result in enumerate(results) if isinstance(result, str)}
     return problems, [result for result in results if isinstance(result, int)]
 
@@ -90,7 +94,7 @@ def refuse(where: str, problems: Mapping[int, str], rows: int, name: Callable[[i
 
 
 def _file(cell: Any) -> Any:
-    content, path = (cell["bytes"], cell["path"]) if cell else (None, None)
+    content, path = cell["bytes"], cell["path"]
     if content is None and path is None:
         raise ValueError("the cell is empty")
     return io.BytesIO(content) if content is not None else path

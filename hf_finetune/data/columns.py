@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +25,23 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 def column_values(rows: Dataset, column: str) -> list[Any]:
     """Return one column as plain Python values, without decoding it or touching the others."""
-    values: list[Any] = rows.data.column(column).to_pylist()
+    return gather(rows, rows.data.column(column))
+
+
+def gather(rows: Dataset, values: Any) -> list[Any]:
+    """Return, of an arrow array made from a whole column, the values of the rows that are selected."""
+    plain: list[Any] = values.to_pylist()
     if rows._indices is None:
-        return values
-    # selected rows: gathering here takes a tenth of what the library takes
-    return [values[at] for at in rows._indices.column(0).to_pylist()]
+        return plain
+    # the library gathers selected rows ten times slower
+    return [plain[at] for at in rows._indices.column(0).to_pylist()]
+
+
+def image_cells(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """Yield the images undecoded, as `{"bytes", "path"}`, a few at a time: together they may not fit in memory."""
+    plain = rows.with_format(None).select_columns(["image"])
+    for start in range(0, len(plain), 256):
+        yield from (cell or {"bytes": None, "path": None} for cell in plain[start : start + 256]["image"])
 
 
 def find_modality(task: Task, rows: Dataset, spec: ColumnsSpec) -> Modality:

@@ -6,9 +6,7 @@ for.
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +17,13 @@ import numpy as np
 from datasets import Dataset, Features, Image, Value
 
 from hf_finetune.data import checks
-from hf_finetune.data.columns import Modality, Task, column_values, find_columns, find_modality
+from hf_finetune.data.columns import Modality, Task, column_values, find_columns, find_modality, image_cells
+from hf_finetune.data.fingerprint import digest, fingerprint, size_in_bytes
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.report import DataReport
 from hf_finetune.data.rows import Selection, choose_validation, draw_fraction, draw_samples, select
 from hf_finetune.data.sources import Source, open_source
-from hf_finetune.data.spec import DataSpec, LabelKind
-from hf_finetune.data.targets import class_weights as class_weights
+from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.targets import encode, find_labels, label_feature
 from hf_finetune.errors import DataError
 
@@ -98,11 +96,11 @@ def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto") -> Splits:
             role: dict(zip(labels.names, counts, strict=False)) for role, counts in class_rows.items()
         },
         columns=columns,
-        fingerprint=_hash(*(fingerprint(rows).encode() for rows in splits.values())),
+        fingerprint=digest(*(fingerprint(rows).encode() for rows in splits.values())),
         skipped={role: len(part.problems) for role, part in parts.items() if part.problems},
         skipped_rows=tuple(skipped[:NAMED]),
         image_side=parts["train"].image_side,
-        size=sum(size_on_disk(rows) for rows in splits.values()),
+        size=sum(size_in_bytes(rows) for rows in splits.values()),
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
@@ -144,37 +142,6 @@ def class_counts(rows: Dataset, labels: Labels) -> list[int]:
     if labels.kind == "single":
         return [int(count) for count in np.bincount(targets, minlength=labels.outputs)]
     return [int(count) for count in np.asarray(targets).sum(axis=0)]
-
-
-def fingerprint(rows: Dataset) -> str:
-    """Return a hash of the rows' labels and texts or images, in their order, wherever they lie.
-
-    An image file counts by its name and size; images inside a table by their bytes, of large tables by their
-    length.
-    """
-    parts = [
-        repr(column_values(rows, name)).encode() for name in rows.column_names if name not in ("image", "row")
-    ]
-    if "image" in rows.column_names:
-        whole = len(rows) <= checks.MAX_HEADERS
-        for cell in _image_cells(rows):
-            content = cell["bytes"]
-            if content is None:
-                parts.append(f"{Path(cell['path']).name} {os.path.getsize(cell['path'])}".encode())
-            else:
-                parts.append(hashlib.blake2b(content).digest() if whole else str(len(content)).encode())
-    return _hash(*parts)
-
-
-def size_on_disk(rows: Dataset) -> int:
-    """Return the bytes of the rows' texts or encoded images."""
-    if "image" in rows.column_names:
-        return sum(
-            len(c["bytes"]) if c["bytes"] is not None else os.path.getsize(c["path"])
-            for c in _image_cells(rows)
-        )
-    texts = [name for name in ("text", "text_pair") if name in rows.column_names]
-    return sum(len(text.encode()) for name in texts for text in column_values(rows, name))
 
 
 # ---- one split ---------------------------------------------------------------------------------------------
@@ -245,7 +212,7 @@ def _targets(
     """Return a target per row and what is wrong with some; a wrong row's target only fills its place."""
     filler = [0.0] * labels.outputs if labels.kind == "multi" else 0
     targets, problems = [], {}
-    feature = raw.features[column]  # not in the loop: `datasets` copies all features whenever they are asked for
+    feature = raw.features[column]  # not in the loop: asking for features copies them all
     for at, cell in enumerate(column_values(raw, column)):
         target, problem = encode(cell, feature, labels, index, column)
         targets.append(filler if target is None else target)
@@ -284,18 +251,11 @@ def _image_rows(raw: Dataset, column: str, source: Source) -> Dataset:
 def _check_images(rows: Dataset, *, full: bool) -> tuple[dict[int, str], int | None]:
     """Return what is wrong with some images, and the median short side; of very many it reads a sample."""
     if full or len(rows) <= checks.MAX_HEADERS:
-        problems, sides = checks.check_images(_image_cells(rows), full=full)
+        problems, sides = checks.check_images(image_cells(rows), full=full)
     else:
-        sample = rows.select(range(0, len(rows), len(rows) // 100))
-        problems, sides = {}, checks.check_images(_image_cells(sample), full=False)[1]
+        sample = rows.select(range(0, len(rows), max(1, len(rows) // 100)))
+        problems, sides = {}, checks.check_images(image_cells(sample), full=False)[1]
     return problems, round(median(sides)) if sides else None
-
-
-def _image_cells(rows: Dataset) -> Iterator[dict[str, Any]]:
-    """Yield the undecoded images, a few at a time: together they may not fit in memory."""
-    plain = rows.with_format(None).select_columns(["image"])
-    for start in range(0, len(plain), 256):
-        yield from plain[start : start + 256]["image"]
 
 
 def _decode(batch: dict[str, list[Any]], split: str) -> dict[str, list[Any]]:
@@ -390,15 +350,5 @@ def _named(names: list[str]) -> str:
 
 def _with_column(rows: Dataset, name: str, values: list[Any], feature: Any) -> Dataset:
     # `datasets` would pickle the values to fingerprint them, which takes longer than adding them
-    derived = _hash(rows._fingerprint.encode(), name.encode(), repr(values).encode())
+    derived = digest(rows._fingerprint.encode(), name.encode(), repr(values).encode())
     return rows.add_column(name, values, new_fingerprint=derived, feature=feature)
-
-
-def _hash(*parts: bytes) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
-
-
-__all__ = ["LabelKind", "Splits", "class_counts", "class_weights", "fingerprint", "load_split", "load_splits"]
