@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Broken recipes, each with the exact text that answers it."""
 
 from __future__ import annotations

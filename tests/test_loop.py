@@ -12,23 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from torch.nn import functional
 
+import runs
 from hf_finetune.errors import Interrupted, RecipeError, TrainingError, UserError
 from hf_finetune.evaluation import Evaluation
 from hf_finetune.inference import evaluate_model, load_trained
 from hf_finetune.runfolder import load_run, read_status
 
-PLAIN = {"schedule": {"name": "constant", "warmup": None}, "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.0, "weight_decay": 0.0}}
+PLAIN = {
+    "schedule": {"name": "constant", "warmup": None},
+    "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.0, "weight_decay": 0.0},
+}
 EVERY = {"evaluate": "1 steps"}
 
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if "curves" not in request.node.name:
-        monkeypatch.setattr("hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b""))
+        monkeypatch.setattr(
+            "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
+        )
 
 
 @pytest.fixture
@@ -58,13 +63,17 @@ def test_micro_batches_add_up_to_the_batch(family: str, micro: int, tmp_path: Pa
 def test_clipping_sees_the_whole_batch(tmp_path: Path) -> None:
     clipped = {"clip_norm": 0.01}
     one = runs.run("vit", tmp_path / "a", strategy="full", training=clipped, **PLAIN)
-    many = runs.run("vit", tmp_path / "b", strategy="full", training=clipped | {"micro_batch_size": 2}, **PLAIN)
+    many = runs.run(
+        "vit", tmp_path / "b", strategy="full", training=clipped | {"micro_batch_size": 2}, **PLAIN
+    )
     assert runs.same(runs.weights(one), runs.weights(many), tolerance=1e-6)
 
 
 def test_clip_norm_bounds_the_update(tmp_path: Path) -> None:
     for clip, bound in ((0.01, 0.05 * 0.01), (None, math.inf)):
-        run = runs.run("vit", tmp_path / str(clip), strategy="full", training={"steps": 1, "clip_norm": clip}, **PLAIN)
+        run = runs.run(
+            "vit", tmp_path / str(clip), strategy="full", training={"steps": 1, "clip_norm": clip}, **PLAIN
+        )
         before, after = runs.start(run).model.state_dict(), runs.weights(run)
         update = math.sqrt(sum(float((after[n] - before[n]).double().square().sum()) for n in before))
         assert update <= bound * 1.001
@@ -91,10 +100,18 @@ def test_length(training: dict[str, Any], steps: int, per_epoch: int, epochs: fl
 
 @pytest.mark.parametrize(
     ("evaluate", "at"),
-    [("1 epoch", [2, 4, 6, 7]), ("0.5 epochs", [*range(1, 8)]), ("3 steps", [3, 6, 7]), ("50%", [4, 7]), ("100%", [7])],
+    [
+        ("1 epoch", [2, 4, 6, 7]),
+        ("0.5 epochs", [*range(1, 8)]),
+        ("3 steps", [3, 6, 7]),
+        ("50%", [4, 7]),
+        ("100%", [7]),
+    ],
 )
 def test_evaluations_come_when_asked_and_at_the_end(evaluate: str, at: list[int], tmp_path: Path) -> None:
-    run = runs.run("vit", tmp_path / "run", strategy="frozen", training={"steps": 7}, monitor={"evaluate": evaluate})
+    run = runs.run(
+        "vit", tmp_path / "run", strategy="frozen", training={"steps": 7}, monitor={"evaluate": evaluate}
+    )
     assert [row["step"] for row in runs.evaluations(run)] == at
 
 
@@ -153,7 +170,9 @@ def expected_losses(run: Any, labels: torch.Tensor, **options: Any) -> float:
 def test_label_smoothing_and_class_weights_change_training_and_not_the_measured_loss(tmp_path: Path) -> None:
     plain = runs.run("vit", tmp_path / "plain", strategy="full", **PLAIN)
     smooth = runs.run("vit", tmp_path / "smooth", strategy="full", training={"label_smoothing": 0.3}, **PLAIN)
-    weighted = runs.run("vit", tmp_path / "weighted", strategy="full", data={"class_weights": {"red": 4.0}}, **PLAIN)
+    weighted = runs.run(
+        "vit", tmp_path / "weighted", strategy="full", data={"class_weights": {"red": 4.0}}, **PLAIN
+    )
     # at step 0 all classes are equally likely, so the loss is ln 3 whatever the targets, times the weights
     assert runs.train_rows(smooth)[0]["loss"] == pytest.approx(math.log(3))
     assert runs.train_rows(weighted)[0]["loss"] != pytest.approx(math.log(3), abs=1e-3)
@@ -165,17 +184,30 @@ def test_label_smoothing_and_class_weights_change_training_and_not_the_measured_
 
 def test_class_weights_have_mean_1_over_the_training_rows(tmp_path: Path) -> None:
     """One batch that holds all rows: the weighted loss at step 0 is ln 3 again."""
-    run = runs.run("vit", tmp_path / "run", strategy="full", data={"class_weights": {"red": 4.0}}, training={"batch_size": 12, "steps": 1})
+    run = runs.run(
+        "vit",
+        tmp_path / "run",
+        strategy="full",
+        data={"class_weights": {"red": 4.0}},
+        training={"batch_size": 12, "steps": 1},
+    )
     assert runs.train_rows(run)[0]["loss"] == pytest.approx(math.log(3))
 
 
 def test_ema_is_what_is_measured_and_kept(tmp_path: Path) -> None:
     """SGD, three steps: the average follows from the weights after each step, which three shorter runs give."""
-    steps = [runs.weights(runs.run("resnet", tmp_path / str(n), strategy="full", training={"steps": n}, **PLAIN)) for n in (1, 2, 3)]
-    run = runs.run("resnet", tmp_path / "ema", strategy="full", training={"steps": 3, "ema": {"decay": 0.5}}, **PLAIN)
+    steps = [
+        runs.weights(runs.run("resnet", tmp_path / str(n), strategy="full", training={"steps": n}, **PLAIN))
+        for n in (1, 2, 3)
+    ]
+    run = runs.run(
+        "resnet", tmp_path / "ema", strategy="full", training={"steps": 3, "ema": {"decay": 0.5}}, **PLAIN
+    )
     average = runs.start(run).model.state_dict()
     for step in steps:
-        average = {n: t * 0.5 + step[n] * 0.5 if t.is_floating_point() else step[n] for n, t in average.items()}
+        average = {
+            n: t * 0.5 + step[n] * 0.5 if t.is_floating_point() else step[n] for n, t in average.items()
+        }
     assert runs.same(runs.weights(run), average, tolerance=1e-6)
     assert evaluate_model(str(run.path), []).loss == runs.evaluations(run)[0]["loss"]
 
@@ -227,15 +259,29 @@ def test_how_often_a_run_is_measured_does_not_change_its_training(tmp_path: Path
 @pytest.mark.parametrize("mixing", ["mixup", "cutmix", ["mixup", "cutmix"]])
 def test_mixing(mixing: Any, tmp_path: Path) -> None:
     augment = mixing if isinstance(mixing, list) else [mixing]
-    run = runs.run("resnet", tmp_path / "run", strategy="full", augment=augment, training={"micro_batch_size": 4})
+    run = runs.run(
+        "resnet", tmp_path / "run", strategy="full", augment=augment, training={"micro_batch_size": 4}
+    )
     assert run.status["status"] == "done"
     assert run.rows[0]["loss"] == pytest.approx(math.log(3))
 
 
 def test_multi_label(tmp_path: Path) -> None:
-    rows = [(f"{'good' if n % 2 else 'bad'} {'film' if n % 3 else 'soup'}", "|".join(["good"] * (n % 2) + ["film"] * (n % 3 > 0))) for n in range(18)]
+    rows = [
+        (
+            f"{'good' if n % 2 else 'bad'} {'film' if n % 3 else 'soup'}",
+            "|".join(["good"] * (n % 2) + ["film"] * (n % 3 > 0)),
+        )
+        for n in range(18)
+    ]
     path = runs.table(tmp_path, rows)
-    run = runs.run("bert", tmp_path / "run", strategy="full", data={"path": path, "labels": "multi"}, training={"steps": 8})
+    run = runs.run(
+        "bert",
+        tmp_path / "run",
+        strategy="full",
+        data={"path": path, "labels": "multi"},
+        training={"steps": 8},
+    )
     assert run.status["labels"] == ["film", "good"]
     assert run.rows[0]["loss"] == pytest.approx(math.log(2))
     assert set(run.best["metrics"]) == {"f1_micro"}  # type: ignore[index]
@@ -244,7 +290,13 @@ def test_multi_label(tmp_path: Path) -> None:
 
 def test_regression(tmp_path: Path) -> None:
     path = runs.table(tmp_path, [("very " * (n % 5) + "good", n % 5 / 2) for n in range(20)])
-    run = runs.run("bert", tmp_path / "run", strategy="full", data={"path": path, "labels": "regression"}, training={"steps": 12})
+    run = runs.run(
+        "bert",
+        tmp_path / "run",
+        strategy="full",
+        data={"path": path, "labels": "regression"},
+        training={"steps": 12},
+    )
     assert run.best is not None
     assert run.best["metric"] == "mse"
     assert run.best["mode"] == "min"
@@ -262,9 +314,22 @@ def poisoned(folder: Path) -> str:
 
 @pytest.mark.parametrize("micro", [None, 2])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_row(micro: int | None, tmp_path: Path) -> None:
-    data = {"path": poisoned(tmp_path / "in"), "labels": "regression", "validation": poisoned_validation(tmp_path / "in")}
-    with pytest.raises(TrainingError, match=r"step \d, epoch 1: the loss is inf, in rows 11 of train") as caught:
-        runs.run("bert", tmp_path / "run", strategy="full", data=data, training={"micro_batch_size": micro, "steps": 8}, monitor=EVERY)
+    data = {
+        "path": poisoned(tmp_path / "in"),
+        "labels": "regression",
+        "validation": poisoned_validation(tmp_path / "in"),
+    }
+    with pytest.raises(
+        TrainingError, match=r"step \d, epoch 1: the loss is inf, in rows 11 of train"
+    ) as caught:
+        runs.run(
+            "bert",
+            tmp_path / "run",
+            strategy="full",
+            data=data,
+            training={"micro_batch_size": micro, "steps": 8},
+            monitor=EVERY,
+        )
     run = load_run(tmp_path / "run")
     assert run.status["status"] == "failed"
     assert "the loss is inf" in run.status["why"]
@@ -289,7 +354,13 @@ def test_the_best_model_survives_a_failure(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(loop, "sample_losses", failing)
     with pytest.raises(TrainingError, match=r"step 4, .*The best model so far \(step \d\) is in"):
-        runs.run("vit", tmp_path / "run", strategy="full", monitor=EVERY | {"metric": "loss"}, training={"steps": 6})
+        runs.run(
+            "vit",
+            tmp_path / "run",
+            strategy="full",
+            monitor=EVERY | {"metric": "loss"},
+            training={"steps": 6},
+        )
     run = load_run(tmp_path / "run")
     assert run.status["status"] == "failed"
     assert run.best is not None
@@ -313,7 +384,9 @@ USER_ERRORS = [
 
 
 @pytest.mark.parametrize(("changes", "kind", "text"), USER_ERRORS)
-def test_a_mistake_claims_no_folder(changes: dict[str, Any], kind: type[Exception], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_claims_no_folder(
+    changes: dict[str, Any], kind: type[Exception], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hf_finetune.setup.get_available_trackers", list)
     with pytest.raises(kind, match=text):
         runs.run("vit", tmp_path / "run", **({"strategy": "frozen"} | changes))
@@ -346,8 +419,21 @@ def test_a_signal_leaves_a_usable_folder(name: str, step: int, measured: bool, t
 
     recipe = runs.recipe("vit", strategy="full", training={"steps": 50}, monitor={"evaluate": "3 steps"})
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    code = SCRIPT.format(tests=str(Path(__file__).parent), signal=name, step=step, recipe=str(tmp_path / "r.yaml"), output=str(tmp_path / "run"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    code = SCRIPT.format(
+        tests=str(Path(__file__).parent),
+        signal=name,
+        step=step,
+        recipe=str(tmp_path / "r.yaml"),
+        output=str(tmp_path / "run"),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     assert f"error: stopped by a signal; what was trained is in {tmp_path / 'run'}" in done.stderr
@@ -359,7 +445,9 @@ def test_a_signal_leaves_a_usable_folder(name: str, step: int, measured: bool, t
     assert not list(run.path.glob(".model*"))
 
 
-def test_an_interrupt_while_the_best_is_put_in_its_place_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_the_best_is_put_in_its_place_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The moment between putting the old model away and the new one in its place."""
     real, renames = Path.rename, []
 
@@ -372,7 +460,13 @@ def test_an_interrupt_while_the_best_is_put_in_its_place_loses_nothing(tmp_path:
 
     monkeypatch.setattr(Path, "rename", stopping)
     with pytest.raises(Interrupted):
-        runs.run("vit", tmp_path / "run", strategy="full", monitor=EVERY | {"metric": "loss"}, training={"steps": 8})
+        runs.run(
+            "vit",
+            tmp_path / "run",
+            strategy="full",
+            monitor=EVERY | {"metric": "loss"},
+            training={"steps": 8},
+        )
     run = load_run(tmp_path / "run")
     assert run.best is not None
     assert evaluate_model(str(run.path), []).loss == run.best["value"]
@@ -389,9 +483,17 @@ def test_the_signal_handler_is_put_back(tmp_path: Path) -> None:
 
 def test_run_json_metrics_and_curves(tmp_path: Path) -> None:
     began = time.time()
-    run = runs.run("resnet", tmp_path / "run", strategy="frozen", monitor={"evaluate": "2 steps", "metrics": ["f1_macro"]})
+    run = runs.run(
+        "resnet",
+        tmp_path / "run",
+        strategy="frozen",
+        monitor={"evaluate": "2 steps", "metrics": ["f1_macro"]},
+    )
     status = run.status
-    assert status["parameters"] == {"total": sum(p.size for p in runs.start(run).anatomy.parameters), "trainable": 99}
+    assert status["parameters"] == {
+        "total": sum(p.size for p in runs.start(run).anatomy.parameters),
+        "trainable": 99,
+    }
     assert 0 < status["wall_seconds"] < time.time() - began + 1
     assert {"torch", "timm", "accelerate", "python"} <= set(status["versions"])
     assert set(run.best["metrics"]) == {"accuracy", "f1_macro"}  # type: ignore[index]

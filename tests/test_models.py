@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import timm
-import tiny
 import torch
 import transformers
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
+import tiny
 from hf_finetune.data.labels import Labels
 from hf_finetune.errors import ModelError
 from hf_finetune.models.anatomy import HEAD

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 
 import hf_finetune.train as loop
+import runs
 from hf_finetune.defaults import STARTS
 from hf_finetune.errors import RecipeError
 
@@ -22,7 +22,9 @@ RATES = {
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b""))
+    monkeypatch.setattr(
+        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
+    )
 
 
 @pytest.mark.parametrize("name", RATES)
@@ -40,12 +42,16 @@ def test_the_loss_falls(name: str, tmp_path: Path) -> None:
 def test_frozen_stays_frozen_under_any_optimizer(name: str, tmp_path: Path) -> None:
     strategy = {"phases": [{"train": "all", "for": "2 steps"}, {"train": "head", "for": "2 steps"}]}
     optimizer = {"name": name, "lr": 1e-3, "weight_decay": 0.5}
-    run = runs.run("resnet", tmp_path / "run", strategy=strategy, optimizer=optimizer)  # the run itself compares, bit by bit
+    run = runs.run(
+        "resnet", tmp_path / "run", strategy=strategy, optimizer=optimizer
+    )  # the run itself compares, bit by bit
     assert run.status["status"] == "done"
 
 
 @pytest.mark.parametrize(("name", "fused"), [("adamw", True), ("sgd", True), ("lion", None)])
-def test_torch_s_fused_kernels_are_used(name: str, fused: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_s_fused_kernels_are_used(
+    name: str, fused: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built: list[torch.optim.Optimizer] = []
     real = loop.build_optimizer
 
@@ -54,7 +60,13 @@ def test_torch_s_fused_kernels_are_used(name: str, fused: bool | None, tmp_path:
         return built[-1]
 
     monkeypatch.setattr(loop, "build_optimizer", listening)
-    runs.run("vit", tmp_path / "run", strategy="frozen", optimizer={"name": name, "lr": 1e-3}, training={"steps": 1})
+    runs.run(
+        "vit",
+        tmp_path / "run",
+        strategy="frozen",
+        optimizer={"name": name, "lr": 1e-3},
+        training={"steps": 1},
+    )
     assert {group.get("fused") for group in built[0].param_groups} == {fused}
 
 
@@ -72,9 +84,15 @@ def test_options_reach_the_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 WRONG = [
-    ({"name": "adamww", "lr": 1e-3}, ("optimizer.name: 'adamww'", "Did you mean 'adamw'?", "lion, lamb, adafactor, muon")),
+    (
+        {"name": "adamww", "lr": 1e-3},
+        ("optimizer.name: 'adamww'", "Did you mean 'adamw'?", "lion, lamb, adafactor, muon"),
+    ),
     ({"name": "adahessian", "lr": 1e-3}, ("'adahessian' needs second-order gradients",)),
-    ({"name": "adamw", "lr": 1e-3, "options": {"beta": 0.9}}, ("adamw cannot be built", "'beta'", "Its options are", "betas, eps")),
+    (
+        {"name": "adamw", "lr": 1e-3, "options": {"beta": 0.9}},
+        ("adamw cannot be built", "'beta'", "Its options are", "betas, eps"),
+    ),
     ({"name": "lion", "lr": 1e-3, "options": {"betas": [0.9, 2.0]}}, ("lion cannot be built", "beta")),
     ({"name": "adamw", "lr": 1e-3, "options": {"betas": 0.9}}, ("adamw cannot be built",)),
     ({"name": "adabelief"}, ("auto has no starting rate for 'adabelief'", "adamw", "Set optimizer.lr")),
@@ -89,8 +107,17 @@ def test_what_cannot_be_built(optimizer: dict[str, Any], texts: tuple[str, ...],
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "factor"), [("auto", 1), ("adamw", 1), ("lion", 0.2), ("sgd", 30), ("lamb", 10)])
+@pytest.mark.parametrize(
+    ("name", "factor"), [("auto", 1), ("adamw", 1), ("lion", 0.2), ("sgd", 30), ("lamb", 10)]
+)
 def test_auto_rates_follow_the_optimizer(name: str, factor: float, tmp_path: Path) -> None:
-    run = runs.run("vit", tmp_path / "run", strategy="full", optimizer=name, schedule={"name": "constant", "warmup": None}, training={"steps": 1})
+    run = runs.run(
+        "vit",
+        tmp_path / "run",
+        strategy="full",
+        optimizer=name,
+        schedule={"name": "constant", "warmup": None},
+        training={"steps": 1},
+    )
     assert run.rows[0]["lr"]["head"] == pytest.approx(STARTS["full"]["vit"].lr * factor)
     assert "vit, full" in run.status["auto"]["optimizer.lr"]

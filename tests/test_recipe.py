@@ -1,4 +1,3 @@
-# ruff: noqa: E501 (a case a line)
 """Recipes from YAML to `Recipe` and back: layers, overrides, places, and the answers to broken ones."""
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
-from broken_recipes import BROKEN, Broken
 
+from broken_recipes import BROKEN, Broken
 from hf_finetune.augment.spec import AUGMENTATIONS
 from hf_finetune.errors import RecipeError
 from hf_finetune.recipe import Recipe, dump_recipe, load_recipe, parse_recipe, shipped_recipes

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from hf_finetune.recipe import load_recipe, shipped_recipes
 from hf_finetune.train import finetune
 

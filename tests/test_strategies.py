@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import runs
 from hf_finetune.data.loaders import EvalSet, collate
 from hf_finetune.errors import RecipeError, TrainingError
 from hf_finetune.inference import load_trained
@@ -31,7 +31,9 @@ Belongs = Callable[[Parameter, Anatomy], bool]
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b""))
+    monkeypatch.setattr(
+        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
+    )
 
 
 def first_third(parameter: Parameter, anatomy: Anatomy) -> bool:
@@ -55,7 +57,7 @@ LEARNS: dict[str, tuple[Any, Belongs]] = {
         {"phases": [{"train": "head", "for": "2 steps"}, {"train": ["last:2", "stem"], "lr": "0.5x"}]},
         lambda p, a: p.group in {*a.groups[-2:], "stem"},
     ),
-    "regex": ({"phases": [{"train": [{"match": r"\.1\..*weight"}, "head"]}]}, lambda p, a: ".1." in p.name and "weight" in p.name.partition(".1.")[2] or p.group == HEAD),
+    "regex": ({"phases": [{"train": [{"match": r"\.1\..*weight"}, "head"]}]}, lambda p, a: (".1." in p.name and "weight" in p.name.partition(".1.")[2]) or p.group == HEAD),
     "first": ({"phases": [{"train": ["first:1", "head"]}]}, lambda p, a: p.group in {a.groups[0], HEAD}),
     "block": ({"phases": [{"train": ["block.1", "head"]}]}, lambda p, a: p.group in {"block.1", HEAD}),
 }  # fmt: skip
@@ -79,14 +81,18 @@ def test_exactly_what_should_learn_moves(case: str, family: str, tmp_path: Path)
         expected |= {name for name in start.model.state_dict() if name in buffers}
     # softmax does not see what a key's bias adds, so its gradient is rounding, or nothing
     assert {n for n in runs.moved(run) ^ expected if not n.endswith("key.bias")} == set()
-    assert run.status["parameters"]["trainable"] == sum(p.size for p in anatomy.parameters if learns(p, anatomy))
+    assert run.status["parameters"]["trainable"] == sum(
+        p.size for p in anatomy.parameters if learns(p, anatomy)
+    )
     if case != "scratch":
         assert run.rows[0]["loss"] == pytest.approx(math.log(len(run.status["labels"])), abs=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", ["full", "gradual", "lp_ft", "phases", "layer_decay"])
-def test_the_rate_logged_is_base_times_multiple_times_schedule(case: str, family: str, tmp_path: Path) -> None:
+def test_the_rate_logged_is_base_times_multiple_times_schedule(
+    case: str, family: str, tmp_path: Path
+) -> None:
     recipe = runs.recipe(family, tmp_path / "run", strategy=LEARNS[case][0], training={"steps": 9})
     run = runs.finetune(recipe, quiet=True)
     resolved = load_recipe(run.path / "recipe.yaml")
@@ -94,7 +100,9 @@ def test_the_rate_logged_is_base_times_multiple_times_schedule(case: str, family
     plans, _ = plan_phases(resolved.strategy.to_phases(anatomy), anatomy, 1e-2)
     groups = group_parameters(plans, anatomy)
     rows = runs.train_rows(run)
-    spans = {index: [row["step"] for row in rows if row["phase_index"] == index] for index in range(len(plans))}
+    spans = {
+        index: [row["step"] for row in rows if row["phase_index"] == index] for index in range(len(plans))
+    }
     assert len(rows) == 9
     for row in rows:
         steps = spans[row["phase_index"]] if resolved.schedule.scope == "phase" else range(1, 10)
@@ -118,7 +126,9 @@ def test_the_rate_logged_is_base_times_multiple_times_schedule(case: str, family
     ],
     ids=["full", "two rates", "absolute", "layer_decay"],
 )
-def test_each_layer_gets_the_rate_it_reads(strategy: Any, multiple: Callable[[int], float], family: str, tmp_path: Path) -> None:
+def test_each_layer_gets_the_rate_it_reads(
+    strategy: Any, multiple: Callable[[int], float], family: str, tmp_path: Path
+) -> None:
     """One step of plain SGD moves every parameter by its rate times its gradient, computed here without the loop."""
     recipe = runs.recipe(
         family, tmp_path / "run", strategy=strategy, training={"steps": 1, "batch_size": 16, "clip_norm": None},
@@ -139,14 +149,19 @@ def test_each_layer_gets_the_rate_it_reads(strategy: Any, multiple: Callable[[in
         label = place.group if place.decays else f"{place.group}/no_decay"
         assert row["lr"][label] == pytest.approx(rate)
         assert parameter.grad is not None
-        torch.testing.assert_close(after[name] - parameter.detach(), -rate * parameter.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(
+            after[name] - parameter.detach(), -rate * parameter.grad, rtol=1e-3, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", LEARNS)
 def test_each_trained_parameter_is_in_one_group_and_norms_do_not_decay(case: str, family: str) -> None:
     setup = prepare(runs.recipe(family, strategy=LEARNS[case][0]), world_size=1, device=torch.device("cpu"))
-    modules, parameters = dict(setup.backbone.model.named_modules()), dict(setup.backbone.model.named_parameters())
+    modules, parameters = (
+        dict(setup.backbone.model.named_modules()),
+        dict(setup.backbone.model.named_parameters()),
+    )
     names = [name for group in setup.groups for name in group.parameters]
     assert len(names) == len(set(names))
     assert set(names) == {name for plan in setup.plans for name in plan.multiples}
@@ -168,7 +183,9 @@ def test_weight_decay_shrinks_weights_and_nothing_else(tmp_path: Path) -> None:
     for p in start.anatomy.parameters:
         before = start.model.state_dict()[p.name]
         if p.group != HEAD:
-            torch.testing.assert_close(after[p.name], before * 0.95 if p.decays else before, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(
+                after[p.name], before * 0.95 if p.decays else before, rtol=1e-6, atol=1e-7
+            )
 
 
 # ---- frozen means frozen -----------------------------------------------------------------------------------------
@@ -201,7 +218,9 @@ def test_batch_norm(strategy: str, batch_norm: str, learns: bool, follows: bool,
     start, moved = runs.start(run), runs.moved(run)
     norms = {n for n, m in start.model.named_modules() if isinstance(m, _BatchNorm)}
     scales = {f"{name}.{part}" for name in norms for part in ("weight", "bias")}
-    statistics = {f"{name}.{part}" for name in norms for part in ("running_mean", "running_var", "num_batches_tracked")}
+    statistics = {
+        f"{name}.{part}" for name in norms for part in ("running_mean", "running_var", "num_batches_tracked")
+    }
     assert moved & scales == (scales if learns else set())
     assert moved & statistics == (statistics if follows else set())
     assert ("conv1.0.weight" in moved) == (strategy == "full")
@@ -215,7 +234,9 @@ def test_batch_norm_of_a_sleeping_block_keeps_its_statistics(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_train_call_wakes_what_is_frozen(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_train_call_wakes_what_is_frozen(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import hf_finetune.train as loop
 
     real = loop.evaluate
@@ -231,14 +252,20 @@ def test_no_train_call_wakes_what_is_frozen(family: str, tmp_path: Path, monkeyp
     head = {p.name for p in runs.start(run).anatomy.parameters if p.group == HEAD}
     assert runs.moved(run) == head
     monkeypatch.undo()
-    monkeypatch.setattr("hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b""))
+    monkeypatch.setattr(
+        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
+    )
     polite = runs.run(family, tmp_path / "polite", strategy="frozen", training={"steps": 6}, **every)
     assert runs.same(runs.weights(run), runs.weights(polite))
 
 
 @pytest.mark.parametrize(
     ("strategy", "stem_drops", "head_drops"),
-    [("frozen", False, True), ("full", True, True), ({"phases": [{"train": "first:1"}, {"train": "head"}]}, True, False)],
+    [
+        ("frozen", False, True),
+        ("full", True, True),
+        ({"phases": [{"train": "first:1"}, {"train": "head"}]}, True, False),
+    ],
     ids=["frozen", "full", "first phase trains the stem"],
 )
 def test_dropout_is_on_where_layers_learn_and_off_elsewhere(
@@ -258,8 +285,12 @@ def test_dropout_is_on_where_layers_learn_and_off_elsewhere(
     assert seen[0] == (stem_drops, head_drops)
 
 
-@pytest.mark.parametrize("tensor", ["layer1.0.bn1.running_mean", "layer1.0.bn1.num_batches_tracked", "layer1.0.conv1.weight"])
-def test_a_frozen_tensor_that_moves_stops_the_run(tensor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "tensor", ["layer1.0.bn1.running_mean", "layer1.0.bn1.num_batches_tracked", "layer1.0.conv1.weight"]
+)
+def test_a_frozen_tensor_that_moves_stops_the_run(
+    tensor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import hf_finetune.train as loop
 
     def corrupting(model: nn.Module, inputs: Any) -> torch.Tensor:
@@ -312,10 +343,16 @@ def test_gradual_by_plateau(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     values = iter([0.1, 0.2] + [0.2] * 20)
     monkeypatch.setattr(evaluation.Evaluation, "value", lambda self, metric: next(values))
     strategy = {"name": "gradual", "every": "plateau", "patience": 2}
-    run = runs.run("vit", tmp_path / "run", strategy=strategy, training={"steps": 10}, monitor={"evaluate": STEP})
+    run = runs.run(
+        "vit", tmp_path / "run", strategy=strategy, training={"steps": 10}, monitor={"evaluate": STEP}
+    )
     # evaluations 3 and 4 bring nothing: block 1 opens at step 5. A phase measures its own first evaluation as its best.
     assert [row["phase_index"] for row in runs.train_rows(run)] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert [layers(row) for row in runs.train_rows(run)[::4]] == [{"head"}, {"head", "block.1"}, {"head", "block.1", "block.0"}]
+    assert [layers(row) for row in runs.train_rows(run)[::4]] == [
+        {"head"},
+        {"head", "block.1"},
+        {"head", "block.1", "block.0"},
+    ]
 
 
 def test_lp_ft_goes_on_from_the_probe_s_head(tmp_path: Path) -> None:
@@ -324,7 +361,9 @@ def test_lp_ft_goes_on_from_the_probe_s_head(tmp_path: Path) -> None:
         "resnet", tmp_path / "both", strategy={"name": "lp_ft", "probe": "3 steps", "full_lr": "0.001x"},
         training={"steps": 4}, monitor={"evaluate": "3 steps", "metric": "loss"},
     )  # fmt: skip
-    assert [row["loss"] for row in runs.train_rows(both)[:3]] == [row["loss"] for row in runs.train_rows(probe)]
+    assert [row["loss"] for row in runs.train_rows(both)[:3]] == [
+        row["loss"] for row in runs.train_rows(probe)
+    ]
     assert runs.evaluations(both)[0]["loss"] == runs.evaluations(probe)[0]["loss"]
     head, after = runs.weights(probe)["fc.weight"], runs.weights(both)["fc.weight"]
     assert (after - head).abs().max() < 2e-5
@@ -337,14 +376,34 @@ def test_a_layer_that_goes_back_to_sleep_stays_as_it_was(tmp_path: Path) -> None
     """Momentum and weight decay of a phase that is over move nothing."""
     strategy = {"phases": [{"train": "all", "for": "2 steps"}, {"train": "head"}]}
     optimizer = {"name": "adamw", "lr": 1e-2, "weight_decay": 0.1}
-    two = runs.run("vit", tmp_path / "a", strategy="full", training={"steps": 2}, optimizer=optimizer, schedule="constant")
-    five = runs.run("vit", tmp_path / "b", strategy=strategy, training={"steps": 5}, optimizer=optimizer, schedule="constant")
-    differ = {name for name, tensor in runs.weights(two).items() if not torch.equal(tensor, runs.weights(five)[name])}
+    two = runs.run(
+        "vit",
+        tmp_path / "a",
+        strategy="full",
+        training={"steps": 2},
+        optimizer=optimizer,
+        schedule="constant",
+    )
+    five = runs.run(
+        "vit",
+        tmp_path / "b",
+        strategy=strategy,
+        training={"steps": 5},
+        optimizer=optimizer,
+        schedule="constant",
+    )
+    differ = {
+        name
+        for name, tensor in runs.weights(two).items()
+        if not torch.equal(tensor, runs.weights(five)[name])
+    }
     assert differ == {"head.weight", "head.bias", "norm.weight", "norm.bias"}
 
 
 def test_phases_the_run_has_no_time_for_are_left_out_and_noted(tmp_path: Path) -> None:
-    run = runs.run("resnet", tmp_path / "run", strategy={"name": "gradual", "every": "2 steps"}, training={"steps": 4})
+    run = runs.run(
+        "resnet", tmp_path / "run", strategy={"name": "gradual", "every": "2 steps"}, training={"steps": 4}
+    )
     assert run.status["phases"] == ["head", "last:2"]
     assert "ends before 4 of 6 phases" in run.status["notes"][0]
 
@@ -374,7 +433,9 @@ WRONG: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("family", "strategy", "text"), WRONG)
-def test_what_cannot_be_is_said_before_training(family: str, strategy: Any, text: str, tmp_path: Path) -> None:
+def test_what_cannot_be_is_said_before_training(
+    family: str, strategy: Any, text: str, tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError) as caught:
         runs.run(family, tmp_path / "run", strategy=strategy)
     assert text in str(caught.value)
@@ -388,7 +449,9 @@ def test_a_block_s_name_is_checked_with_the_recipe(block: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_kept_answers_as_what_was_trained(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_answers_as_what_was_trained(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The folder reloads through its own library with equal logits: those the run measured."""
     import hf_finetune.train as loop
 
@@ -402,7 +465,10 @@ def test_what_is_kept_answers_as_what_was_trained(family: str, tmp_path: Path, m
     run = runs.run(family, tmp_path / "run", strategy="full")
     trained = load_trained(str(run.path))
     again = load_backbone(
-        BackboneSpec(id=str(run.model_folder)), trained.labels, "text" if family == "bert" else "image", seed=3
+        BackboneSpec(id=str(run.model_folder)),
+        trained.labels,
+        "text" if family == "bert" else "image",
+        seed=3,
     )
     assert again.report.new == again.report.missing == ()
     setup = prepare(runs.recipe(family, strategy="full"), world_size=1, device=torch.device("cpu"))
