@@ -79,8 +79,8 @@ def _draw_texts(train_set: TrainSet, indices: list[int], views: int) -> Figure:
     text = "\n".join(
         textwrap.shorten(line, 150, placeholder=" …") if line[0] == "[" else line[:150] for line in lines
     )
-    figure = Figure(figsize=(14, 0.157 * len(lines) + 0.7))
-    figure.text(0.01, 1 - 0.5 / (0.157 * len(lines) + 0.7), text, family="monospace", fontsize=9, va="top")
+    figure = Figure(figsize=(14, 0.17 * len(lines) + 0.7))
+    figure.text(0.01, 1 - 0.5 / (0.17 * len(lines) + 0.7), text, family="monospace", fontsize=9, va="top")
     return figure
 
 
