@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiny
 import torch
 from PIL import Image
 
+import tiny
 from hf_finetune.data.labels import Labels
 from hf_finetune.inference import load_trained
 from hf_finetune.models.load import Backbone, load_backbone
-from hf_finetune.models.spec import BackboneSpec
 from hf_finetune.recipe import Recipe, parse_recipe
 from hf_finetune.runfolder import Run
 from hf_finetune.train import finetune
@@ -34,6 +33,8 @@ def backbone(name: str) -> str:
     folder = Path(_ROOT.name) / name
     if name == "bert":
         tiny.transformers_folder(folder, "bert")
+    elif name.startswith("vision-"):
+        tiny.transformers_folder(folder, name)
     elif name == "bert-dry":
         tiny.transformers_folder(folder, "bert")
         config = folder / "config.json"
@@ -61,7 +62,12 @@ def images(train: int = TRAIN, validation: int = 7) -> str:
     return str(folder)
 
 
-def table(folder: Path, rows: Sequence[tuple[Any, ...]], name: str = "rows.csv", header: Sequence[str] = ("text", "label")) -> str:
+def table(
+    folder: Path,
+    rows: Sequence[tuple[Any, ...]],
+    name: str = "rows.csv",
+    header: Sequence[str] = ("text", "label"),
+) -> str:
     """Write a csv file and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("w", encoding="utf-8", newline="") as file:
@@ -73,8 +79,10 @@ def table(folder: Path, rows: Sequence[tuple[Any, ...]], name: str = "rows.csv",
 
 @cache
 def texts() -> str:
-    """Return a csv of good and bad films; every fifth row is held out by `validation: 0.25`."""
-    rows = [(f"the {('bad', 'good')[n % 2]} film {'very ' * (n % 4)}", ("neg", "pos")[n % 2]) for n in range(16)]
+    """Return a csv of good and bad films."""
+    rows = [
+        (f"the {('bad', 'good')[n % 2]} film {'very ' * (n % 4)}", ("neg", "pos")[n % 2]) for n in range(16)
+    ]
     return table(Path(_ROOT.name) / "texts", rows)
 
 
@@ -112,7 +120,9 @@ def start(done: Run) -> Backbone:
     read = load_trained(str(done.path))
     modality = "text" if done.status["task"].startswith("text") else "image"
     given = read.recipe.backbone
-    return load_backbone(given, Labels(read.recipe.data.labels, read.labels.names), modality, seed=read.recipe.training.seed)
+    return load_backbone(
+        given, Labels(read.recipe.data.labels, read.labels.names), modality, seed=read.recipe.training.seed
+    )
 
 
 def weights(done: Run) -> dict[str, torch.Tensor]:
@@ -143,7 +153,3 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance
     if not tolerance:
         return all(torch.equal(one[name], other[name]) for name in one)
     return all(torch.allclose(one[name], other[name], rtol=0, atol=tolerance) for name in one)
-
-
-BACKBONES = {"resnet": "cnn", "vit": "vit", "bert": "text"}
-SPEC = BackboneSpec

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
 import runs
 from hf_finetune.errors import Interrupted, RecipeError, TrainingError, UserError
@@ -161,10 +160,6 @@ def test_a_metric_that_is_never_a_number_leaves_a_model_nonetheless(tmp_path: Pa
 
 
 # ---- loss ----------------------------------------------------------------------------------------------------------
-
-
-def expected_losses(run: Any, labels: torch.Tensor, **options: Any) -> float:
-    return float(functional.cross_entropy(torch.zeros(len(labels), 3), labels, **options))
 
 
 def test_label_smoothing_and_class_weights_change_training_and_not_the_measured_loss(tmp_path: Path) -> None:

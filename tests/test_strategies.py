@@ -41,6 +41,7 @@ def first_third(parameter: Parameter, anatomy: Anatomy) -> bool:
 
 
 STEP = "1 steps"
+FLAT = {"name": "constant", "warmup": None}
 # strategy section -> which parameters learn in 9 steps
 LEARNS: dict[str, tuple[Any, Belongs]] = {
     "scratch": ("scratch", lambda p, a: True),
@@ -329,7 +330,7 @@ def test_gradual_opens_one_group_from_the_top_at_a_time(tmp_path: Path) -> None:
 
 def test_gradual_two_at_a_time_with_ulmfit_s_decay(tmp_path: Path) -> None:
     strategy = {"name": "gradual", "every": STEP, "groups": 2, "decay": 2.6}
-    run = runs.run("resnet", tmp_path / "run", strategy=strategy, training={"steps": 5}, schedule="constant")
+    run = runs.run("resnet", tmp_path / "run", strategy=strategy, training={"steps": 5}, schedule=FLAT)
     assert [len(layers(row)) for row in runs.train_rows(run)] == [1, 3, 5, 6, 6]
     rates = runs.train_rows(run)[-1]["lr"]
     order = ["head", "block.3", "block.2", "block.1", "block.0", "stem"]
