@@ -135,6 +135,27 @@ def predict(
 
 
 @app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name on the Hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private, if it is made.")
+    ] = False,
+    branch: Annotated[str | None, typer.Option(help="Branch to push to; made when it is not there.")] = None,
+    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Tag for the commit.")] = None,
+    message: Annotated[
+        str | None, typer.Option(help="Commit message; default what the model measured.")
+    ] = None,
+) -> None:
+    """Push a run's best model to the Hub."""
+    from hf_finetune.hub.push import push_run
+
+    address = push_run(run, repo_id, private=private, branch=branch, pr=pr, tag=tag, message=message)
+    typer.echo(f"pushed: {address}")
+
+
+@app.command()
 def compare(
     arms: Annotated[list[str], typer.Argument(metavar="RECIPE...|RUN... [KEY=VALUE]...")],
     output: Annotated[Path | None, typer.Option(help="Folder for the runs and compare.png.")] = None,
@@ -154,6 +175,10 @@ def run_recipe(recipe: str, overrides: list[str], *, output: str | None, quiet: 
     loaded = load_recipe(recipe, overrides)
     if output is not None:
         loaded = loaded.model_copy(update={"output": output})
+    if loaded.hub is not None and _rank() == 0:
+        from hf_finetune.hub.push import check_rights
+
+        check_rights(loaded.hub.repo_id, private=loaded.hub.private)
     from hf_finetune.train import finetune
 
     run = finetune(loaded, name=loaded.name, quiet=quiet)
@@ -165,6 +190,11 @@ def run_recipe(recipe: str, overrides: list[str], *, output: str | None, quiet: 
             else "nothing measured"
         )
         typer.echo(f"done: {found}; {run.status['why']}; {run.path}")
+    if loaded.hub is not None and _rank() == 0:
+        from hf_finetune.hub.push import commit_message, push_folder
+
+        address = push_folder(run.model_folder, loaded.hub.repo_id, message=commit_message(run.best))
+        typer.echo(f"pushed: {address}")
 
 
 def main(arguments: list[str] | None = None, *, command: Any = None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from hf_finetune.errors import TrainingError, UserError
+from hf_finetune.errors import FinetuneError, Interrupted, TrainingError, UserError
 from hf_finetune.recipe import Recipe, load_recipe
 from hf_finetune.report.compare import comparison_table, monitored_metric
 from hf_finetune.report.curves import save_comparison
@@ -49,9 +49,12 @@ def compare_arms(
                 name += "+"
             try:
                 runs[name] = _run(recipe, name, seed, folder, quiet)
-            except TrainingError as error:
+            except FinetuneError as error:
+                if not runs or isinstance(error, Interrupted):
+                    raise
                 failures.append(f"{name}: {error}")
-                runs[name] = load_run(folder / name)
+                if (folder / name / "run.json").is_file():
+                    runs[name] = load_run(folder / name)
     metric = monitored_metric(runs)
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "compare.png"

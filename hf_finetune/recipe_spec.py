@@ -11,6 +11,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from hf_finetune.augment.spec import AUGMENTATIONS, AugmentationSpec, Preset
 from hf_finetune.data.spec import DataSpec
+from hf_finetune.hub.spec import HubSpec
 from hf_finetune.models.spec import BackboneSpec
 from hf_finetune.monitor import MonitorSpec
 from hf_finetune.optim import OptimizerSpec
@@ -134,6 +135,8 @@ class Recipe(Spec):
     """accelerate's own: tensorboard, wandb, trackio, mlflow …"""
     output: str | None = None
     """The run folder; null = runs/<recipe>-<backbone>-<time>."""
+    hub: HubSpec | None = None
+    """Where to push the model; null keeps it here."""
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 

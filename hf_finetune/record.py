@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,13 @@ from pathlib import Path
 
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 from torch import nn
 
-from hf_finetune.errors import FinetuneError
+from hf_finetune.errors import FinetuneError, HubError
 from hf_finetune.evaluation import Evaluation
 from hf_finetune.hub.artefact import write_artefact
+from hf_finetune.hub.push import commit_message, push_folder
 from hf_finetune.monitor import Best
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import dump_recipe
@@ -108,6 +110,13 @@ class Record:
         if self.setup.splits.labels.kind == "single":
             self._folder.write_predictions(result.labels.tolist(), result.logits.argmax(1).tolist())
         self._folder.write_status(best=found)
+        hub = self.setup.recipe.hub
+        if hub is not None and hub.when == "best":
+            try:
+                push_folder(self.path / "model", hub.repo_id, message=commit_message(found))
+            except HubError as error:
+                # The run is worth more than this push: it goes on, and pushes again at its end.
+                sys.stderr.write(f"warning: {error}\n")
 
     def keep_if_none(self, model: nn.Module) -> None:
         """Write the model as it is when no best one was kept yet."""
@@ -141,7 +150,10 @@ class Record:
                 if (self.path / "model").is_dir():
                     shutil.copyfile(self.path / "curves.png", self.path / "model" / "curves.png")
             if self.accelerator is not None:
-                accelerator.end_training()
+                for (
+                    tracker
+                ) in accelerator.trackers:  # `end_training` would end the other processes' group as well
+                    tracker.finish()
 
     def _log(self, step: int, phase: int, row: dict) -> None:
         if self.is_main:
@@ -199,6 +211,8 @@ def start_accelerator(setup: Setup, record: Record) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=mixed_precision(setup.recipe.training.precision),
         log_with=trackers or None,
+        # A model may own parameters that its forward does not use (a mask token): DDP must not wait for them.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         project_config=ProjectConfiguration(str(record.path), logging_dir=str(record.path / "trackers")),
     )
     if trackers:

@@ -26,9 +26,9 @@ from hf_finetune.models.load import Backbone, ImageInput, load_backbone
 from hf_finetune.optim import ParamGroup, build_optimizer, group_parameters
 from hf_finetune.precision import resolve_precision
 from hf_finetune.recipe import Recipe
-from hf_finetune.strategies.phase import PhasePlan, plan_phases
+from hf_finetune.strategies.phase import PhasePlan, check_head_learns, plan_phases
 from hf_finetune.tasks import TASKS
-from hf_finetune.tasks.metrics import default_metric, metric_mode
+from hf_finetune.tasks.metrics import EVALUATE_PREFIX, default_metric, load_from_evaluate, metric_mode
 from hf_finetune.timeline import Timeline, build_timeline, reachable
 
 SMALL_IMAGE_SET = 200
@@ -125,6 +125,9 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     if metric == "auto":
         metric = default_metric(splits.labels.kind)
         choices.append(Choice("monitor.metric", metric, f"the usual one for {splits.labels.kind} labels"))
+    for each in (metric, *recipe.monitor.metrics):
+        if each.startswith(EVALUATE_PREFIX):
+            load_from_evaluate(each.removeprefix(EVALUATE_PREFIX), splits.labels.kind)
     mode = recipe.monitor.mode if recipe.monitor.mode != "auto" else metric_mode(metric)
     recipe = recipe.model_copy(
         update={
@@ -154,6 +157,7 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
             f"the run of {timeline.total_steps} steps ends before {len(plans) - len(reached)} of {len(plans)} phases; "
             f"the last one reached trains {reached[-1].name}"
         )
+    check_head_learns(reached, backbone.anatomy)
     groups = group_parameters(reached, backbone.anatomy)
     # An optimizer that cannot be built is refused here, before a run folder is made for it.
     build_optimizer(recipe.optimizer, groups, dict(backbone.model.named_parameters()))

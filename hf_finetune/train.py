@@ -183,7 +183,7 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
         step, seen = step + 1, seen + batch_size
         epochs, speed = timeline.epoch(step), None
         due = step % timeline.evaluate_every == 0 or step == timeline.total_steps
-        if due or step % log_every == 0:
+        if due or step == 1 or step % log_every == 0:
             speed, seen, clock = seen / (time.monotonic() - clock), 0, time.monotonic()
             record.log_training(step, index, loss_value, rates, speed)
         progress.step(
@@ -211,6 +211,9 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
         if plateau and plateau.exhausted_by(value) and index + 1 < len(setup.plans):
             end = step
         if early and early.exhausted_by(value):
+            if index + 1 < len(setup.plans):
+                end = step  # this phase has given what it can; the next ones have yet to begin
+                continue
             check_frozen(model, plan, still)
             return f"no better {monitor.metric} in {early.patience} evaluations"
     check_frozen(model, plan, still)

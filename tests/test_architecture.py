@@ -21,7 +21,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("ground: errors, the base of all specs", {"errors", "spec"}),
     (
         "specs: what a part is told, and tables of names",
-        {"augment.spec", "data.spec", "data.labels", "models.spec", "models.anatomy", "monitor", "optim", "schedule",
+        {"augment.spec", "data.spec", "data.labels", "hub.spec", "models.spec", "models.anatomy", "monitor", "optim", "schedule",
          "shipped", "strategies", "tasks"},
     ),
     (
@@ -55,7 +55,7 @@ HEAVY = [
 LIGHT = [
     "", "cli", "errors", "spec", "monitor", "schedule", "optim", "runfolder", "timeline", "defaults",
     "recipe", "recipe_spec", "recipe_schema", "recipe_errors", "yaml_source", "checks",
-    "augment.spec", "augment.presets", "data.spec", "data.labels", "data.report", "models.spec", "models.anatomy",
+    "augment.spec", "augment.presets", "hub.spec", "data.spec", "data.labels", "data.report", "models.spec", "models.anatomy",
     "shipped", "strategies", "tasks", "tasks.metrics",
 ]  # fmt: skip
 

@@ -128,10 +128,7 @@ def two(name: str) -> Run:
     return load_run(folder / f"{name}-2")
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason="DDP waits for the gradient of a parameter that no forward uses")]
-                 if name == "an unused mask token" else []) for name in ARMS
-])  # fmt: skip
+@pytest.mark.parametrize("name", ARMS)
 def test_two_processes_end_where_one_does(name: str, tmp_path: Path) -> None:
     double = two(name)
     recipe = load_recipe(double.path / "recipe.yaml", [f"output={tmp_path / 'one'}"])

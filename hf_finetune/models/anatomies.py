@@ -239,6 +239,7 @@ def _anatomy(
                 group=names[settled[name]],
                 is_bias=is_bias,
                 in_norm=in_norm,
+                in_batch_norm=isinstance(owners[name], _NormBase),
                 decays=tensor.ndim > 1 and not is_bias and not in_norm and not exempt(name),
                 is_new=name in new,
             )

@@ -26,6 +26,8 @@ class Parameter:
     """Weight or bias of a normalisation layer, by module type (BatchNorm and GroupNorm included)."""
     decays: bool
     """Whether weight decay applies: not to biases, normalisation layers, nor what the architecture exempts."""
+    in_batch_norm: bool = False
+    """Weight or bias of a layer that keeps running statistics of its batches."""
     is_new: bool = False
     """Newly initialised: the checkpoint does not hold it."""
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -230,7 +231,9 @@ def _welch_p_value(a: Sequence[float], b: Sequence[float]) -> float | None:
         return None
     from scipy.stats import ttest_ind
 
-    return float(ttest_ind(a, b, equal_var=False).pvalue)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a loss of precision where the seeds of an arm are nearly equal
+        return float(ttest_ind(a, b, equal_var=False).pvalue)
 
 
 def _two_shares_p_value(a: float, rows_a: int, b: float, rows_b: int) -> float:

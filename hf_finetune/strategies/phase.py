@@ -7,6 +7,7 @@ multiple of the base rate, absent when frozen. The loop runs plans and knows no 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -122,7 +123,7 @@ def plan_phases(phases: list[Phase], anatomy: Anatomy, base_lr: float) -> tuple[
     """Return the phases as plans, and notes on what was rewritten.
 
     Raises:
-        RecipeError: a selector matches nothing, or the newly initialised output layer never learns.
+        RecipeError: a selector matches nothing, or a phase trains nothing.
     """
     notes: list[str] = []
     plans = []
@@ -131,7 +132,7 @@ def plan_phases(phases: list[Phase], anatomy: Anatomy, base_lr: float) -> tuple[
         selected = frozenset().union(*(select(selector, anatomy) for selector in selectors))
         if phase.batch_norm == "adapt":
             # Adapting means the statistics follow the data while scale and shift stay as pretrained.
-            selected -= {p.name for p in anatomy.parameters if p.in_norm and p.group != HEAD}
+            selected -= {p.name for p in anatomy.parameters if p.in_batch_norm}
         multiples = {}
         for parameter in anatomy.parameters:
             if parameter.name not in selected:
@@ -153,13 +154,17 @@ def plan_phases(phases: list[Phase], anatomy: Anatomy, base_lr: float) -> tuple[
         batch_norm = "frozen" if phase.batch_norm == "auto" else phase.batch_norm
         plans.append(PhasePlan(_name(phase), multiples, batch_norm, phase.for_, phase.patience))
     # Its bias alone, which `biases` selects, could learn no more than how frequent the classes are.
+    return plans, notes
+
+
+def check_head_learns(plans: Sequence[PhasePlan], anatomy: Anatomy) -> None:
+    """Raise RecipeError when the output layer is new and none of these phases trains it."""
     untrained = [p.name for p in anatomy.parameters if p.is_new and p.group == HEAD and len(p.shape) > 1]
     if untrained and not any(name in plan.multiples for name in untrained for plan in plans):
         raise RecipeError(
             f"strategy: the output layer ({untrained[0]}) is new and no phase trains it, so the model could not learn. "
             "Add `head` to a phase's `train`, e.g. `train: [biases, head]`."
         )
-    return plans, notes
 
 
 def select(selector: str | MatchSpec, anatomy: Anatomy) -> frozenset[str]:

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.data.spec import LabelKind
@@ -208,24 +208,37 @@ def _correlation(which: str, labels: np.ndarray, logits: np.ndarray) -> float:
     return float(getattr(stats, which)(labels.reshape(-1), logits.reshape(-1)).statistic)
 
 
-def _from_evaluate(name: str, kind: LabelKind, labels: np.ndarray, logits: np.ndarray) -> float:
+@cache
+def load_from_evaluate(name: str, kind: LabelKind) -> Any:
+    """Return the metric `name` of Hugging Face's `evaluate`. Raises UserError when it cannot be loaded."""
     try:
         import evaluate
 
-        metric = evaluate.load(name)
+        return evaluate.load(name)
+    except Exception as error:  # whatever a metric script from the Hub may raise
+        raise UserError(_no_metric(name, kind, error)) from error
+
+
+def _from_evaluate(name: str, kind: LabelKind, labels: np.ndarray, logits: np.ndarray) -> float:
+    metric = load_from_evaluate(name, kind)
+    try:
         predictions = {
             "single": lambda: _classes(logits),
             "multi": lambda: (logits > 0).astype(int),
             "regression": lambda: logits.reshape(-1),
         }[kind]()
         result: dict[str, Any] = metric.compute(predictions=predictions, references=labels)
-    except Exception as error:  # whatever a metric script from the Hub may raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"metric '{EVALUATE_PREFIX}{name}' cannot be computed: {reason} "
-            f"Use one of {', '.join(metric_names(kind))}, or check the name and the network."
-        ) from error
+    except Exception as error:
+        raise UserError(_no_metric(name, kind, error)) from error
     return float(result[name] if name in result else next(iter(result.values())))
+
+
+def _no_metric(name: str, kind: LabelKind, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"metric '{EVALUATE_PREFIX}{name}' cannot be computed: {reason} "
+        f"Use one of {', '.join(metric_names(kind))}, or check the name and the network."
+    )
 
 
 def _averaged(which: str, average: str) -> dict[LabelKind, Compute]:

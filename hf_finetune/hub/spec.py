@@ -1,0 +1,20 @@
+"""What a recipe says about the Hub."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hf_finetune.spec import Spec
+
+
+class HubSpec(Spec):
+    """Where the model goes."""
+
+    repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    """`user/name`; made when it is not there."""
+    private: bool = False
+    """Whether a repository that is made is private."""
+    when: Literal["end", "best"] = "end"
+    """`end` pushes the best model once, when the run is done; `best` pushes each new best model as well."""
