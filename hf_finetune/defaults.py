@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_finetune.errors import RecipeError
-from hf_finetune.models.anatomy import Family
+from hf_finetune.models.anatomy import HEAD, Anatomy, Family
 from hf_finetune.recipe import Recipe
 from hf_finetune.spec import Duration, Rate
 from hf_finetune.strategies.base import StrategySpec
@@ -105,6 +105,14 @@ STARTS: dict[str, dict[Family, Start]] = {
 LR_FACTORS = {"adamw": 1.0, "adam": 1.0, "nadam": 1.0, "nadamw": 1.0, "radam": 1.0, "adan": 3.0, "lamb": 10.0,
               "lion": 0.2, "sgd": 30.0, "nesterov": 30.0}  # fmt: skip
 
+# The rates of pretrained layers hold for networks of these widths (features the output layer sees): MobileNetV2,
+# ViT-B, BERT-base. Adam's useful rate falls as one over the width (muP, arXiv 2203.03466), which also is how published
+# rates differ between base and large models.
+REFERENCE_WIDTHS: dict[Family, int] = {"cnn": 1280, "vit": 768, "text": 768}
+WIDTH_FACTORS = (0.25, 10.0)
+"""Smallest and largest correction for the width."""
+_ALL_AT_ONE_RATE = frozenset({"scratch", "full", "layer_decay"})
+
 # Under this many training samples BatchNorm statistics stay as pretrained: fine-tuning sees too few, too small batches.
 BATCH_NORM_TRAINS_FROM = 20_000
 BATCH_NORM_MIN_BATCH = 32
@@ -120,7 +128,7 @@ class Choice:
 
 
 def resolve(
-    recipe: Recipe, *, family: Family, train_samples: int, micro_batch_size: int, total_steps: int
+    recipe: Recipe, *, anatomy: Anatomy, train_samples: int, micro_batch_size: int, total_steps: int
 ) -> tuple[Recipe, list[Choice]]:
     """Return the recipe with optimizer, strategy, schedule and EMA written out, and why each value was chosen.
 
@@ -128,8 +136,15 @@ def resolve(
         RecipeError: no starting rate is published here for the chosen optimizer.
     """
     strategy, optimizer, schedule = recipe.strategy, recipe.optimizer, recipe.schedule
-    key = _starting_point(strategy)
+    key, family = _starting_point(strategy), anatomy.family
     start, source = STARTS[key][family], f"{family}, {key}: {_SOURCES[key]}"
+    width_factor, why_width = _width_factor(anatomy)
+    if key in _ALL_AT_ONE_RATE:
+        start = replace(start, lr=start.lr * width_factor)
+        source += why_width
+    elif start.backbone < 1:
+        start = replace(start, backbone=_round(min(1.0, start.backbone * width_factor)))
+        source += why_width
     choices: list[Choice] = []
 
     def choose(place: str, current: Any, value: Any, why: str) -> Any:
@@ -177,6 +192,18 @@ def resolve(
         update={"optimizer": optimizer, "strategy": strategy, "schedule": schedule, "training": training}
     )
     return resolved, choices
+
+
+def _width_factor(anatomy: Anatomy) -> tuple[float, str]:
+    """Return what a rate of pretrained layers is multiplied by for this network's width, and why."""
+    widths = [p.shape[1] for p in anatomy.parameters if p.group == HEAD and len(p.shape) > 1]
+    if not widths:
+        return 1.0, ""
+    reference, (least, most) = REFERENCE_WIDTHS[anatomy.family], WIDTH_FACTORS
+    factor = _round(min(most, max(least, reference / widths[-1])))
+    if factor == 1:
+        return 1.0, ""
+    return factor, f"; times {factor:.3g} for {widths[-1]} features instead of {reference}"
 
 
 def _starting_point(strategy: StrategySpec) -> str:

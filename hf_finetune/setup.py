@@ -143,7 +143,7 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     micro_batch_size = _micro_batch_size(recipe, world_size)
     recipe, resolved = resolve(
         recipe,
-        family=backbone.anatomy.family,
+        anatomy=backbone.anatomy,
         train_samples=len(splits.train),
         micro_batch_size=micro_batch_size,
         total_steps=timeline.total_steps,
