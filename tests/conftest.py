@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in several processes
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 # what tests write as csv would otherwise pile up in the user's cache
