@@ -17,6 +17,7 @@ from hf_finetune.errors import nearest
 from hf_finetune.recipe_spec import Recipe
 from hf_finetune.shipped import BACKBONES, DATASETS, ShippedDataset
 from hf_finetune.spec import Duration
+from hf_finetune.strategies.methods import METHODS
 from hf_finetune.tasks import TASKS
 from hf_finetune.tasks.metrics import EVALUATE_PREFIX, LOSS, METRICS, metric_names
 
@@ -26,7 +27,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "cle
 _SHIPPED = "shipped/"
 _VALIDATION_NAMES = ("validation", "val", "valid", "dev", "eval")
 # Strategies whose frozen layers only make sense with pretrained weights.
-_NEEDS_PRETRAINED = ("frozen", "lp_ft", "gradual", "bitfit", "norms", "surgical")
+_NEEDS_PRETRAINED = ("frozen", "lp_ft", "gradual", "bitfit", "norms", "surgical", "peft", *METHODS)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ _SOURCES = {
     "surgical": "as discriminative: one block at fine-tuning rates",
     "bitfit": "biases need 10 to 100 times the rate of full fine-tuning (BitFit, VTAB-1k re-runs)",
     "norms": "normalisation layers need 10 to 100 times the rate of full fine-tuning (LN-Tune, VTAB-1k re-runs)",
+    "lora": "LoRA on ViT (VTAB-1k re-runs) and on text encoders (LoRA, AdaLoRA), ten times full fine-tuning's rate",
+    "lora_plus": "as lora for the head; the ratio of the two matrices' rates is the paper's (LoRA+)",
+    "vectors": "IA3: a few scales for each layer, at five times LoRA's rate",
+    "rotations": "OFT, BOFT: rotations of the pretrained weights, at LoRA's rate",
     "phases": "as discriminative: written phases start from the head's rate",
 }
 
@@ -93,6 +97,26 @@ STARTS: dict[str, dict[Family, Start]] = {
         "cnn": Start(3e-3, 0.0),
         "vit": Start(1e-3, 0.0),
         "text": Start(1e-3, 0.0),
+    },
+    "lora": {
+        "cnn": Start(3e-3, 1e-4),
+        "vit": Start(1e-3, 1e-4),
+        "text": Start(5e-4, 0.01),
+    },
+    "lora_plus": {
+        "cnn": Start(3e-3, 1e-4, backbone=0.1),
+        "vit": Start(1e-3, 1e-4, backbone=0.2),
+        "text": Start(5e-4, 0.01, backbone=0.2),
+    },
+    "vectors": {
+        "cnn": Start(3e-3, 0.0, backbone=2),
+        "vit": Start(1e-3, 0.0, backbone=5),
+        "text": Start(1e-3, 0.0, backbone=5),
+    },
+    "rotations": {
+        "cnn": Start(3e-3, 0.0),
+        "vit": Start(1e-3, 0.0),
+        "text": Start(5e-4, 0.0),
     },
     "phases": {
         "cnn": Start(3e-3, 0.05, backbone=0.02),
@@ -211,6 +235,8 @@ def _starting_point(strategy: StrategySpec) -> str:
     backbone_lr = getattr(strategy, "backbone_lr", None)
     if strategy.name == "discriminative" and isinstance(backbone_lr, Rate) and backbone_lr.value == 0:
         return "frozen"  # which is what the run does
+    if (adapter := strategy.to_adapter()) and strategy.name != "phases":
+        return adapter.table_row.start
     return "layer_decay" if getattr(strategy, "layer_decay", None) is not None else strategy.name
 
 
@@ -221,6 +247,7 @@ def _resolve_strategy(
     batch_norm, why_batch_norm = _batch_norm(train_samples, micro_batch_size)
     values: dict[str, tuple[Any, str]] = {
         "backbone_lr": (Rate(start.backbone, relative=True), source),
+        "adapter_lr": (Rate(start.backbone, relative=True), source),
         "full_lr": (Rate(start.backbone, relative=True), source),
         "layer_decay": (start.layer_decay, source),
         "batch_norm": (batch_norm, why_batch_norm),
@@ -233,6 +260,14 @@ def _resolve_strategy(
         if getattr(strategy, field, None) == "auto":
             updates[field] = value
             choices.append(Choice(f"strategy.{field}", str(value), why))
+    if adapter := strategy.to_adapter():
+        written = adapter.without_auto()
+        where = "strategy.adapter" if strategy.name == "phases" else "strategy"
+        for key in ("r", "alpha"):
+            if getattr(adapter, key) == "auto" and written[key] is not None:
+                why = f"the usual one for {adapter.method}" if key == "r" else "as the rank: a scale of 1"
+                choices.append(Choice(f"{where}.{key}", written[key], why))
+        updates |= {"adapter": adapter.model_copy(update=written)} if strategy.name == "phases" else written
     phases = getattr(strategy, "phases", None)
     if phases is not None and any(phase.batch_norm == "auto" for phase in phases):
         updates["phases"] = [

@@ -20,7 +20,7 @@ from hf_finetune.models.load import forward, module_groups
 from hf_finetune.optim import build_optimizer
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import Recipe
-from hf_finetune.report.tables import Table, layer_table, phase_table, print_table, short_count
+from hf_finetune.report.tables import Table, layer_table, phase_table, print_table, short_count, target_table
 from hf_finetune.setup import Setup, build_loaders, prepare, process_state
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.timeline import phase_end
@@ -42,6 +42,8 @@ def explain_recipe(recipe: Recipe, folder: Path) -> None:
     _show(Table("Chosen for you (auto)", ["key", "value", "why"], choices))
     lr = float(setup.recipe.optimizer.lr)
     steps = _phase_steps(setup)
+    if setup.backbone.adapter is not None:
+        _show(target_table(setup.backbone.adapter))
     _show(layer_table(setup.plans, setup.backbone.anatomy, lr))
     _show(phase_table(setup.plans, setup.backbone.anatomy, lr, steps))
     for note in setup.notes:

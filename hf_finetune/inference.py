@@ -26,8 +26,7 @@ from hf_finetune.data.splits import load_split, load_splits
 from hf_finetune.errors import ModelError, UserError, did_you_mean
 from hf_finetune.evaluation import Evaluation, evaluate, to_device
 from hf_finetune.models.load import Backbone, forward, load_backbone
-from hf_finetune.models.source import find_source
-from hf_finetune.models.spec import BackboneSpec
+from hf_finetune.models.source import ADAPTER_CONFIG, find_trained
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import Recipe, load_recipe
 from hf_finetune.report.tables import print_table
@@ -68,9 +67,7 @@ def load_trained(place: str) -> Trained:
             raise UserError(f"{place}: this run kept no model (status {run.status.get('status')}).")
         folder, recorded = run.model_folder, run.best
     else:
-        found = find_source(BackboneSpec(id=place)).folder
-        assert found is not None, "pretrained weights have a folder"
-        folder = found
+        folder = find_trained(place)
     if not (folder / "recipe.yaml").is_file():
         raise UserError(
             f"{place}: no recipe.yaml beside the model, so how its data was read is unknown. "
@@ -78,8 +75,14 @@ def load_trained(place: str) -> Trained:
         )
     recipe = load_recipe(folder / "recipe.yaml")
     labels = Labels(recipe.data.labels, _label_names(folder))
+    modality = TASKS[recipe.task].modality
+    if (folder / ADAPTER_CONFIG).is_file():
+        from hf_finetune.models.adapters import load_adapter
+
+        base = load_backbone(recipe.backbone, labels, modality, seed=recipe.training.seed)
+        return Trained(recipe, labels, load_adapter(base, folder), recorded)
     spec = recipe.backbone.model_copy(update={"id": str(folder), "revision": None, "pretrained": True})
-    backbone = load_backbone(spec, labels, TASKS[recipe.task].modality, seed=recipe.training.seed)
+    backbone = load_backbone(spec, labels, modality, seed=recipe.training.seed)
     if backbone.report.new:
         raise ModelError(
             f"{place}: {backbone.report.new[0]} is not in the model's weights; the folder is damaged."

@@ -56,6 +56,8 @@ class TrainingSpec(Spec):
     """Share of each target spread over all classes."""
     ema: EmaSpec | None = None
     """Keep an average of the weights, which is what is measured and kept; `{}` takes its defaults."""
+    gradient_checkpointing: bool = False
+    """Compute activations anew in the backward pass instead of keeping them: about a third more time, less memory."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of splits, order, augmentation, dropout and new weights."""
 

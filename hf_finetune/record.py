@@ -196,6 +196,7 @@ class Record:
             "total_steps": setup.timeline.total_steps,
             "steps_per_epoch": setup.timeline.steps_per_epoch,
             "processes": state.num_processes,
+            "adapter": setup.backbone.adapter.facts() if setup.backbone.adapter else None,
             "precision": setup.recipe.training.precision,
             "notes": setup.notes,
             "auto": {choice.key: f"{choice.value} ({choice.why})" for choice in setup.choices},

@@ -22,7 +22,7 @@ from hf_finetune.data.splits import Splits, load_splits
 from hf_finetune.data.targets import class_weights
 from hf_finetune.defaults import Choice, resolve
 from hf_finetune.errors import RecipeError, UserError
-from hf_finetune.models.load import Backbone, ImageInput, load_backbone
+from hf_finetune.models.load import Backbone, ImageInput, checkpoint_gradients, load_backbone
 from hf_finetune.optim import ParamGroup, build_optimizer, group_parameters
 from hf_finetune.precision import resolve_precision
 from hf_finetune.recipe import Recipe
@@ -148,6 +148,12 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         micro_batch_size=micro_batch_size,
         total_steps=timeline.total_steps,
     )
+    if recipe.training.gradient_checkpointing:
+        checkpoint_gradients(backbone)
+    if adapter := recipe.strategy.to_adapter():
+        from hf_finetune.models.adapters import add_adapters
+
+        backbone = add_adapters(backbone, adapter, seed=seed, total_steps=timeline.total_steps)
     plans, notes = plan_phases(
         recipe.strategy.to_phases(backbone.anatomy), backbone.anatomy, float(recipe.optimizer.lr)
     )

@@ -93,7 +93,9 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
     if splits.modality == "image":
         model = model.to(memory_format=torch.channels_last)
     groups_of_modules = module_groups(model, setup.backbone.anatomy)
-    scope = FreezeScope(model)
+    scope, adapter = FreezeScope(model), setup.backbone.adapter
+    if adapter:
+        adapter.straighten()
     optimizer = build_optimizer(recipe.optimizer, setup.groups, dict(model.named_parameters()))
     optimizer = accelerator.prepare_optimizer(optimizer)
     ema = ModelEmaV3(model, decay=float(training.ema.decay)) if training.ema else None
@@ -164,7 +166,8 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
                 # Summed over samples and divided by the whole batch: short batches and uneven shares weigh right.
                 # DDP averages over processes, hence the factor.
                 share = (losses * batch["weights"].to(device)).sum() / batch_size
-                accelerator.backward(share * world)
+                penalty = adapter.penalty() if adapter and number == len(micro_batches) else 0.0
+                accelerator.backward(share * world + penalty)
             loss += share.detach()
             answers.append((batch["indices"], losses.detach()))
         loss_value = accelerator.reduce(loss, "sum").item()
@@ -177,6 +180,8 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
                     _non_finite(f"the gradient norm is {norm}", step, epoch, answers, record, best)
                 )
         optimizer.step()
+        if adapter:
+            adapter.after_step(step + 1)
         optimizer.zero_grad()
         if ema:
             ema.update(model)

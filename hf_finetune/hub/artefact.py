@@ -25,7 +25,16 @@ def write_artefact(folder: Path, backbone: Backbone, setup: Setup, best: dict[st
     """
     try:
         folder.mkdir(parents=True)
-        save_backbone(backbone, folder, setup.splits.labels)
+        labels = setup.splits.labels
+        if backbone.adapter is None:
+            save_backbone(backbone, folder, labels)
+        else:
+            from hf_finetune.models.adapters import merged, save_adapter
+
+            if backbone.adapter.spec.merge:
+                save_backbone(merged(backbone), folder, labels)
+            else:
+                save_adapter(backbone, folder, labels)
         (folder / "recipe.yaml").write_text(dump_recipe(setup.recipe), encoding="utf-8")
         (folder / "README.md").write_text(model_card(setup, best), encoding="utf-8")
     except OSError as error:

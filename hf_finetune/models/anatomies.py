@@ -293,11 +293,12 @@ def _vision_family(model: nn.Module, parameters: Iterable[Parameter]) -> Family:
     groups = {parameter.name: parameter.group for parameter in parameters}
     by_tensor = {id(tensor): groups[name] for name, tensor in model.named_parameters()}
     blocks = {group for group in groups.values() if group.startswith("block.")}
-    attending = {by_tensor[id(t)] for m in model.modules() if _attends(m) for t in islice(m.parameters(), 1)}
+    attending = {by_tensor[id(t)] for m in model.modules() if attends(m) for t in islice(m.parameters(), 1)}
     return "vit" if blocks and len(attending & blocks) * 2 >= len(blocks) else "cnn"
 
 
-def _attends(module: nn.Module) -> bool:
+def attends(module: nn.Module) -> bool:
+    """Return whether a module is attention: it has heads."""
     return any(hasattr(module, name) for name in ("num_heads", "num_attention_heads", "n_heads", "heads"))
 
 

@@ -5,6 +5,7 @@ Plain data without tensors, so that strategies can be written, checked and teste
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,10 @@ class Parameter:
     """Weight or bias of a layer that keeps running statistics of its batches."""
     is_new: bool = False
     """Newly initialised: the checkpoint does not hold it."""
+    is_adapter: bool = False
+    """Added to a pretrained layer by an adapter method; its group is that layer's."""
+    is_fixed: bool = False
+    """Never trained: quantised weights, or a constant that a library keeps as a parameter."""
 
     @property
     def size(self) -> int:
@@ -49,9 +54,14 @@ class Anatomy:
     """Names from input to output; the last is `head`."""
     parameters: tuple[Parameter, ...]
 
+    @property
+    def trainable(self) -> Iterator[Parameter]:
+        """The parameters that a phase can train."""
+        return (parameter for parameter in self.parameters if not parameter.is_fixed)
+
     def names_in(self, groups: set[str] | frozenset[str]) -> frozenset[str]:
-        """Return the names of the parameters of these layer groups."""
-        return frozenset(p.name for p in self.parameters if p.group in groups)
+        """Return the names of the trainable parameters of these layer groups."""
+        return frozenset(p.name for p in self.trainable if p.group in groups)
 
     def depth_from_top(self, group: str) -> int:
         """Return how many layer groups lie above: 0 for the head."""

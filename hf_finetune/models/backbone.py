@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from hf_finetune.models.adapter import Adapter
+
 Library = Literal["timm", "transformers"]
 Modality = Literal["image", "text"]
 
@@ -74,3 +76,5 @@ class Backbone:
     """id, revision, commit (when known), folder (None when built from the registry), architecture."""
     processor: Any = None
     """The image processor of a transformers checkpoint, saved along with the model."""
+    adapter: Adapter | None = None
+    """The adapters inside the model, if it has any."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 
 from hf_finetune.data.labels import Labels
@@ -29,11 +30,14 @@ __all__ = [
     "ImageInput",
     "LoadReport",
     "TextInput",
+    "checkpoint_gradients",
     "expected_modality",
     "forward",
     "load_backbone",
     "module_groups",
     "save_backbone",
+    "save_beside",
+    "seeded",
 ]
 
 
@@ -66,6 +70,38 @@ def save_backbone(backbone: Backbone, folder: Path, labels: Labels) -> None:
 
         beside = backbone.input.tokenizer if isinstance(backbone.input, TextInput) else backbone.processor
         load_transformers.save(backbone.model, beside, folder, labels)
+
+
+def save_beside(backbone: Backbone, folder: Path, labels: Labels) -> None:
+    """Write what stands beside the weights: config.json with the labels, and the processor or tokenizer."""
+    if isinstance(backbone.input, ImageInput) and backbone.library == "timm":
+        load_timm.save_config(backbone.model, backbone.input, folder, labels)
+    else:
+        from hf_finetune.models import load_transformers
+
+        beside = backbone.input.tokenizer if isinstance(backbone.input, TextInput) else backbone.processor
+        load_transformers.save_config(backbone.model, beside, folder, labels)
+
+
+def checkpoint_gradients(backbone: Backbone) -> None:
+    """Let the model compute activations anew in the backward pass instead of keeping them: less memory, more time.
+
+    Raises:
+        ModelError: the architecture cannot.
+    """
+    model: Any = backbone.model
+    try:
+        # With torch's older, reentrant kind nothing would learn behind a frozen first layer.
+        if backbone.library == "timm":
+            set_reentrant_ckpt(False)
+            model.set_grad_checkpointing(True)
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    except (AttributeError, AssertionError, ValueError, NotImplementedError):
+        raise ModelError(
+            f"training.gradient_checkpointing: {backbone.library}'s {backbone.source['architecture']} does not support "
+            "it. Remove it; a smaller training.micro_batch_size saves memory too."
+        ) from None
 
 
 def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -86,6 +86,12 @@ def save(model: nn.Module, read: ImageInput, folder: Path, labels: Labels) -> No
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_config(model, read, folder, labels)
+
+
+def save_config(model: nn.Module, read: ImageInput, folder: Path, labels: Labels) -> None:
+    """Write config.json alone."""
+    folder.mkdir(parents=True, exist_ok=True)
     save_config_for_hf(
         model,
         str(folder / CONFIG),

@@ -99,6 +99,14 @@ def save(model: Any, beside: Any, folder: Path, labels: Labels) -> None:
     beside.save_pretrained(folder)
 
 
+def save_config(model: Any, beside: Any, folder: Path, labels: Labels) -> None:
+    """Write everything but the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _describe(model.config, labels)
+    model.config.save_pretrained(folder)
+    beside.save_pretrained(folder)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and loading report inside: our report says the same."""

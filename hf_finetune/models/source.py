@@ -19,10 +19,11 @@ from hf_finetune.models.spec import BackboneSpec
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 _SHARDED_WEIGHTS = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack")
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-_WEIGHT_FILES = (WEIGHTS, "model-*-of-*.safetensors")
+_WEIGHT_FILES = (WEIGHTS, "model-*-of-*.safetensors", "adapter_model.safetensors")
 _CONVERT = (
     "Convert them to safetensors (`save_pretrained` of transformers does it, or "
     "https://huggingface.co/spaces/safetensors/convert), or take a revision that has them."
@@ -83,6 +84,26 @@ def find_source(spec: BackboneSpec) -> Source:
             hub_id = _published_as(spec, architecture)
     folder = _fetch(spec, hub_id)
     return _from_folder(spec, folder, hub_id=hub_id)
+
+
+def find_trained(place: str) -> Path:
+    """Return the folder of a trained model or adapter: a local one, or a Hub repository's in the Hub's cache.
+
+    Raises:
+        ModelError: nothing is there.
+    """
+    path = Path(place).expanduser()
+    if path.is_dir():
+        folder = path
+    elif _names_a_path(place) or place.startswith("shipped/"):
+        found = find_source(BackboneSpec(id=place)).folder
+        assert found is not None, "pretrained weights have a folder"
+        return found
+    else:
+        folder = _fetch(BackboneSpec(id=place), place)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        _from_folder(BackboneSpec(id=place), folder, hub_id=None if folder == path else place)
+    return folder
 
 
 def expected_modality(spec: BackboneSpec) -> Modality | None:
@@ -185,6 +206,11 @@ def _read_config(where: str, folder: Path) -> dict[str, Any]:
 def _require_weights(where: str, folder: Path, library: str) -> None:
     if (folder / WEIGHTS).is_file() or (library == "transformers" and (folder / _SHARDED_WEIGHTS).is_file()):
         return
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(
+            f"{where}: it is an adapter, not a backbone. Start from its base model (`base_model_name_or_path` in its "
+            f"{ADAPTER_CONFIG}), or train with `merge: true` to get a model to start from."
+        )
     pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
     if pickles:
         raise ModelError(

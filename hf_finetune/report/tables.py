@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 from hf_finetune.models.anatomy import HEAD, Anatomy
 from hf_finetune.strategies.phase import PhasePlan
+
+if TYPE_CHECKING:
+    from hf_finetune.models.adapter import Adapter
 
 MANY_PHASES = 5
 _NUMERIC = re.compile(r"^[-+]?\.?\d")
@@ -112,6 +115,34 @@ def layer_table(plans: Sequence[PhasePlan], anatomy: Anatomy, base_lr: float) ->
     else:
         columns = ["learns in phases", "rate"]
     return Table("Layer groups", ("group", "tensors", "parameters", *columns), rows)
+
+
+def target_table(adapter: Adapter) -> Table:
+    """Return the layers that get adapters, those of equal name and shape in one row, and what was left out."""
+    alike: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+    for target in adapter.targets:
+        alike.setdefault((_numbers_open(target.name), target.kind, target.shape), []).append(target.size)
+    rows: list[list[Any]] = [
+        [name, kind, " x ".join(map(str, shape)), len(sizes), short_count(sum(sizes))]
+        for (name, kind, shape), sizes in alike.items()
+    ]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in adapter.left_out.items():
+        reasons.setdefault(reason, []).append(_numbers_open(name))
+    left_out = [
+        f"left out, {reason}: {', '.join(list(dict.fromkeys(names))[:4])} ({len(names)})"
+        for reason, names in reasons.items()
+    ]
+    facts = adapter.facts()
+    title = (
+        f"Adapters: {facts['method']} in {facts['layers']} layers, {short_count(facts['size'])} parameters"
+    )
+    return Table(title, ("layer", "kind", "weight", "count", "adapters"), rows, "\n".join(left_out))
+
+
+def _numbers_open(name: str) -> str:
+    """`blocks.3.mlp.fc1` as `blocks.*.mlp.fc1`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def short_count(count: float) -> str:

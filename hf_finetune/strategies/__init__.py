@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_finetune.strategies.adapters import Adapters, LoraPlus, Peft
 from hf_finetune.strategies.base import StrategySpec
 from hf_finetune.strategies.bitfit import BitFit
 from hf_finetune.strategies.discriminative import Discriminative
@@ -10,6 +11,7 @@ from hf_finetune.strategies.frozen import Frozen
 from hf_finetune.strategies.full import Full
 from hf_finetune.strategies.gradual import Gradual
 from hf_finetune.strategies.lp_ft import LpFt
+from hf_finetune.strategies.methods import METHODS
 from hf_finetune.strategies.norms import Norms
 from hf_finetune.strategies.scratch import Scratch
 from hf_finetune.strategies.surgical import Surgical
@@ -24,5 +26,8 @@ STRATEGIES: dict[str, type[StrategySpec]] = {
     "surgical": Surgical,
     "bitfit": BitFit,
     "norms": Norms,
+    **dict.fromkeys(METHODS, Adapters),
+    "lora_plus": LoraPlus,
+    "peft": Peft,
     "phases": Explicit,
 }

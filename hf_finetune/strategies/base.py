@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from hf_finetune.models.anatomy import Anatomy
 from hf_finetune.spec import Spec
+from hf_finetune.strategies.methods import AdapterSpec
 from hf_finetune.strategies.phase import Phase
 
 
@@ -17,6 +18,10 @@ class StrategySpec(Spec):
     """The strategy starts from random weights."""
     schedule_scope: ClassVar[Literal["run", "phase"]] = "run"
     """What `schedule.scope: auto` means for it."""
+
+    def to_adapter(self) -> AdapterSpec | None:
+        """Return the adapters this strategy puts into the backbone; None for none."""
+        return None
 
     def to_phases(self, anatomy: Anatomy) -> list[Phase]:
         """Return the phases this strategy stands for."""

@@ -14,13 +14,24 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hf_finetune.errors import RecipeError, did_you_mean
-from hf_finetune.models.anatomy import HEAD, Anatomy
+from hf_finetune.models.anatomy import HEAD, Anatomy, Parameter
 from hf_finetune.monitor import PatienceSpec
 from hf_finetune.spec import Duration, DurationField, Rate, RateField, Spec
 
 BatchNorm = Literal["auto", "frozen", "adapt", "train"]
-SELECTORS = ("head", "all", "last:N", "first:N", "stem", "block.N", "biases", "norms", "{match: <regex>}")
-_WORDS = ("head", "all", "stem", "biases", "norms")
+SELECTORS = (
+    "head",
+    "all",
+    "last:N",
+    "first:N",
+    "stem",
+    "block.N",
+    "biases",
+    "norms",
+    "adapters",
+    "{match: <regex>}",
+)
+_WORDS = ("head", "all", "stem", "biases", "norms", "adapters")
 _COUNTED = re.compile(r"^(last|first):([1-9]\d*)$")
 _BLOCK = re.compile(r"^block\.\d+$")
 
@@ -73,6 +84,8 @@ class Phase(Spec):
     """Rate of everything but the head."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Each layer group runs at this multiple of the one above it."""
+    rates: dict[str, RateField] = {}
+    """Regular expression on parameter names -> their rate, before the keys above; the first that matches counts."""
     batch_norm: BatchNorm = "auto"
     """Statistics of BatchNorm layers: `frozen`; `adapt` = they follow the data, scale and shift do not learn;
     `train` = both, where the layer learns."""
@@ -137,9 +150,7 @@ def plan_phases(phases: list[Phase], anatomy: Anatomy, base_lr: float) -> tuple[
         for parameter in anatomy.parameters:
             if parameter.name not in selected:
                 continue
-            multiple = phase.lr.multiple_of(base_lr) * _layer_multiple(
-                phase, anatomy, parameter.group, base_lr
-            )
+            multiple = phase.lr.multiple_of(base_lr) * _multiple(phase, anatomy, parameter, base_lr)
             if multiple > 0:
                 multiples[parameter.name] = multiple
         if len(multiples) < len(selected):
@@ -174,7 +185,7 @@ def select(selector: str | MatchSpec, anatomy: Anatomy) -> frozenset[str]:
         RecipeError: it matches nothing, or asks for more layer groups than there are.
     """
     if isinstance(selector, MatchSpec):
-        found = frozenset(p.name for p in anatomy.parameters if re.search(selector.match, p.name))
+        found = frozenset(p.name for p in anatomy.trainable if re.search(selector.match, p.name))
         if not found:
             names = [p.name for p in anatomy.parameters]
             raise RecipeError(
@@ -192,10 +203,18 @@ def select(selector: str | MatchSpec, anatomy: Anatomy) -> frozenset[str]:
         return anatomy.names_in(set(anatomy.groups[-count:] if side == "last" else anatomy.groups[:count]))
     if selector in anatomy.groups:
         return anatomy.names_in({selector})
-    belongs = {"all": lambda p: True, "biases": lambda p: p.is_bias, "norms": lambda p: p.in_norm}.get(
-        selector
-    )
-    found = frozenset(p.name for p in anatomy.parameters if belongs and belongs(p))
+    belongs = {
+        "all": lambda p: True,
+        "biases": lambda p: p.is_bias,
+        "norms": lambda p: p.in_norm,
+        "adapters": lambda p: p.is_adapter,
+    }.get(selector)
+    found = frozenset(p.name for p in anatomy.trainable if belongs and belongs(p))
+    if not found and selector == "adapters":
+        raise RecipeError(
+            "strategy: a phase trains adapters and the recipe puts none into the backbone. "
+            "Add `adapter: lora` beside `phases`."
+        )
     if not found:
         raise RecipeError(
             f"strategy: this backbone has no {selector}; its layer groups are {', '.join(anatomy.groups)}."
@@ -203,7 +222,11 @@ def select(selector: str | MatchSpec, anatomy: Anatomy) -> frozenset[str]:
     return found
 
 
-def _layer_multiple(phase: Phase, anatomy: Anatomy, group: str, base_lr: float) -> float:
+def _multiple(phase: Phase, anatomy: Anatomy, parameter: Parameter, base_lr: float) -> float:
+    for pattern, rate in phase.rates.items():
+        if re.search(pattern, parameter.name):
+            return rate.multiple_of(base_lr)
+    group = parameter.group
     if group == HEAD:
         return 1.0
     if phase.layer_decay is not None:
