@@ -223,7 +223,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:1: strategy
-          missing; allowed: scratch, full, frozen, discriminative, gradual, lp_ft, surgical, bitfit, norms or phases
+          missing; allowed: scratch, full, frozen, discriminative, gradual, lp_ft, surgical, bitfit, norms, lora, dora, rslora, pissa, lora_plus, adalora, ia3, vera, oft, boft, loha, lokr, ln_tuning, peft or phases
         1 problem in recipe.yaml
         """,
     ),
@@ -238,7 +238,7 @@ BROKEN = [
         recipe.yaml:3: training.epoch
           unknown key, given 3
           did you mean 'epochs'?
-          allowed: epochs, steps, batch_size, micro_batch_size, precision, clip_norm, label_smoothing, ema, seed
+          allowed: epochs, steps, batch_size, micro_batch_size, precision, clip_norm, label_smoothing, ema, gradient_checkpointing, seed
         1 problem in recipe.yaml
         """,
     ),
@@ -397,7 +397,7 @@ BROKEN = [
         recipe.yaml:3: strategy.phases.0.for_
           unknown key, given 1 epoch
           did you mean 'for'?
-          allowed: train, for, until, lr, backbone_lr, layer_decay, batch_norm
+          allowed: train, for, until, lr, backbone_lr, layer_decay, rates, batch_norm
         1 problem in recipe.yaml
         """,
     ),
@@ -536,7 +536,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:2: training
-          given null; allowed: a section with epochs, steps, batch_size, micro_batch_size, precision, clip_norm, label_smoothing, ema, seed
+          given null; allowed: a section with epochs, steps, batch_size, micro_batch_size, precision, clip_norm, label_smoothing, ema, gradient_checkpointing, seed
           remove the line, or write keys below it
         recipe.yaml:3: epochs
           unknown key, given 3
@@ -553,7 +553,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:2: training
-          given 3; allowed: a section with epochs, steps, batch_size, micro_batch_size, precision, clip_norm, label_smoothing, ema, seed
+          given 3; allowed: a section with epochs, steps, batch_size, micro_batch_size, precision, clip_norm, label_smoothing, ema, gradient_checkpointing, seed
         recipe.yaml:3: data.path
           given {train: a.csv}; allowed: text or a list of texts, not empty
         2 problems in recipe.yaml
@@ -662,7 +662,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:1: strategy.name
-          given frozn; allowed: scratch, full, frozen, discriminative, gradual, lp_ft, surgical, bitfit, norms or phases
+          given frozn; allowed: scratch, full, frozen, discriminative, gradual, lp_ft, surgical, bitfit, norms, lora, dora, rslora, pissa, lora_plus, adalora, ia3, vera, oft, boft, loha, lokr, ln_tuning, peft or phases
           did you mean 'frozen'?
         1 problem in recipe.yaml
         """,
@@ -674,7 +674,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:1: strategy.name
-          given linear_probe; allowed: scratch, full, frozen, discriminative, gradual, lp_ft, surgical, bitfit, norms or phases
+          given linear_probe; allowed: scratch, full, frozen, discriminative, gradual, lp_ft, surgical, bitfit, norms, lora, dora, rslora, pissa, lora_plus, adalora, ia3, vera, oft, boft, loha, lokr, ln_tuning, peft or phases
           here it is called frozen
         1 problem in recipe.yaml
         """,
@@ -686,7 +686,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:1: strategy.name
-          given gradual_plateau; allowed: scratch, full, frozen, discriminative, gradual, lp_ft, surgical, bitfit, norms or phases
+          given gradual_plateau; allowed: scratch, full, frozen, discriminative, gradual, lp_ft, surgical, bitfit, norms, lora, dora, rslora, pissa, lora_plus, adalora, ia3, vera, oft, boft, loha, lokr, ln_tuning, peft or phases
           here it is called {name: gradual, every: plateau}
         1 problem in recipe.yaml
         """,
@@ -777,10 +777,10 @@ BROKEN = [
         """,
         """
         recipe.yaml:3: strategy.phases.0.train
-          given classifier; allowed: head, all, last:N, first:N, stem, block.N, biases, norms, {match: <regex>} or a list of them
+          given classifier; allowed: head, all, last:N, first:N, stem, block.N, biases, norms, adapters, {match: <regex>} or a list of them
           'classifier' is no selector
         recipe.yaml:4: strategy.phases.1.train
-          given [head, 'last:0']; allowed: head, all, last:N, first:N, stem, block.N, biases, norms, {match: <regex>} or a list of them
+          given [head, 'last:0']; allowed: head, all, last:N, first:N, stem, block.N, biases, norms, adapters, {match: <regex>} or a list of them
           'last:0' is no selector
         recipe.yaml:5: strategy.phases.2.train.match
           given layer(; allowed: text
@@ -790,7 +790,7 @@ BROKEN = [
           did you mean 'match'?
           allowed: match
         recipe.yaml:7: strategy.phases.4.train
-          missing; allowed: head, all, last:N, first:N, stem, block.N, biases, norms, {match: <regex>} or a list of them
+          missing; allowed: head, all, last:N, first:N, stem, block.N, biases, norms, adapters, {match: <regex>} or a list of them
         5 problems in recipe.yaml
         """,
     ),
@@ -824,7 +824,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:1: strategy.phases
-          given []; allowed: a list of sections with train, for, until, lr, backbone_lr, layer_decay, batch_norm, not empty
+          given []; allowed: a list of sections with train, for, until, lr, backbone_lr, layer_decay, rates, batch_norm, not empty
         1 problem in recipe.yaml
         """,
     ),
@@ -1416,7 +1416,7 @@ BROKEN = [
         recipe.yaml:1: extends
           given bse.yaml; there is no such file
           did you mean 'base.yaml'?
-          shipped recipes: bitfit, discriminative, frozen, full, gradual, gradual_plateau, layer_decay, lp_ft, norms, scratch, surgical, base
+          shipped recipes: adalora, bitfit, discriminative, dora, frozen, full, gradual, gradual_plateau, ia3, layer_decay, lora, lora_plus, lora_then_layers, lp_ft, norms, scratch, surgical, base
         1 problem in recipe.yaml
         """,
         files={"base.yaml": "strategy: frozen\n"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -14,6 +15,24 @@ if TYPE_CHECKING:
 _USAGE = {
     "timm": 'import timm\n\nmodel = timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True).eval()',
     "transformers": 'from transformers import pipeline\n\nclassify = pipeline("{task}", model="PATH/TO/THIS/FOLDER")',
+}
+
+
+_ADAPTER_USAGE = {
+    "timm": """import timm
+from peft import PeftModel
+
+base = timm.create_model("{base}", pretrained=True, num_classes={outputs}{options})
+model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER").eval()""",
+    "transformers": """from peft import PeftModel
+from transformers import {auto}
+
+base = {auto}.from_pretrained("{base}", num_labels={outputs}{options})
+model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER").eval()""",
+}
+_AUTO = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
 }
 
 
@@ -31,11 +50,13 @@ def model_card(setup: Setup, best: dict[str, Any] | None) -> str:
             for name, value in best["metrics"].items()
         ]  # fmt: skip
     from_hub = "/" in recipe.backbone.id and not recipe.backbone.id.startswith(("shipped/", "/", "."))
+    adapter = setup.backbone.adapter
+    is_adapter = adapter is not None and not adapter.spec.merge
     data = ModelCardData(
-        library_name=setup.backbone.library,
+        library_name="peft" if is_adapter else setup.backbone.library,
         pipeline_tag=recipe.task,
         base_model=recipe.backbone.id if from_hub else None,
-        base_model_relation="finetune" if from_hub else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if from_hub else None,
         tags=["hf_finetune", recipe.strategy.name],
         model_name=f"{recipe.backbone.id.rstrip('/').split('/')[-1]}-{recipe.strategy.name}"
         if results
@@ -55,7 +76,11 @@ def model_card(setup: Setup, best: dict[str, Any] | None) -> str:
     label_rows = "\n".join(
         f"| {i} | {name} | {counts.get(name, '')} |" for i, name in enumerate(labels.names)
     )
-    usage = _USAGE[setup.backbone.library].replace("{task}", recipe.task)
+    usage = (
+        _adapter_usage(setup, from_hub)
+        if is_adapter
+        else _USAGE[setup.backbone.library].replace("{task}", recipe.task)
+    )
     return f"""---
 {data.to_yaml()}
 ---
@@ -85,3 +110,18 @@ Strategy `{recipe.strategy.name}`: {setup.trainable_size:,} of {setup.total_size
 {dump_recipe(recipe).strip()}
 ```
 """
+
+
+def _adapter_usage(setup: Setup, from_hub: bool) -> str:
+    """Return the code that loads the adapter on its base model."""
+    recipe, library = setup.recipe, setup.backbone.library
+    base = recipe.backbone.id if from_hub else f"PATH/TO/{recipe.backbone.id.rstrip('/').split('/')[-1]}"
+    if library == "timm":
+        base = f"hf-hub:{base}" if from_hub else f"local-dir:{base}"
+    values = {
+        "base": base,
+        "outputs": str(setup.splits.labels.outputs),
+        "auto": _AUTO[recipe.task],
+        "options": "".join(f", {key}={value!r}" for key, value in recipe.backbone.options.items()),
+    }
+    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], _ADAPTER_USAGE[library])

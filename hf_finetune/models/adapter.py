@@ -54,12 +54,11 @@ class Adapter:
         return self.shell.peft_config[NAME]
 
     def straighten(self) -> None:
-        """Put the adapters' tensors into torch's own memory layout, which peft's DoRA takes for granted."""
+        """Put the adapted layers into torch's own memory layout, which peft's DoRA and BOFT take for granted."""
         network = self.shell.get_base_model()
         for target in self.targets:
-            for name, parameter in network.get_submodule(target.name).named_parameters():
-                if not name.startswith("base_layer."):
-                    parameter.data = parameter.data.contiguous()
+            for parameter in network.get_submodule(target.name).parameters():
+                parameter.data = parameter.data.contiguous()
 
     def penalty(self) -> Tensor | float:
         """Return what the method adds to the loss of a step: AdaLoRA keeps its singular vectors orthogonal."""

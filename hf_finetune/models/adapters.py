@@ -162,9 +162,7 @@ def merged(backbone: Backbone) -> Backbone:
     model = copy.deepcopy(backbone.model)
     for name, layer in _tuner_layers(model).items():
         layer.merge()
-        parent, _, last = name.rpartition(".")
-        base = layer.get_base_layer()
-        setattr(model.get_submodule(parent), last, base)
+        _put(model, name, layer.get_base_layer())
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         model.__dict__.pop(attribute, None)
     return replace(backbone, model=model, adapter=None)
@@ -204,10 +202,7 @@ def _choose(
         )
     modules = dict(model.named_modules())
     reasons = {name: _unsuitable(spec, method, modules, name) for name in asked}
-    called = _called(backbone, [name for name, reason in reasons.items() if reason is None])
-    for name, reason in reasons.items():
-        if reason is None and name not in called:
-            reasons[name] = "its weight is read without calling the layer"
+    reasons |= _unwrappable(backbone, [name for name, reason in reasons.items() if reason is None])
     chosen = [name for name, reason in reasons.items() if reason is None]
     return chosen, {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -300,35 +295,77 @@ def _is_quantised(module: nn.Module) -> bool:
     return not _weight(module).is_floating_point()
 
 
-def _called(backbone: Backbone, names: Iterable[str]) -> set[str]:
-    """Return which of these layers one forward pass calls: BEiT, for one, reads a weight and leaves its layer out."""
-    model, called = backbone.model.eval(), set()
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: called.add(name))
-        for name in names
-    ]
+class _Probe(nn.Module):
+    """Stands where peft would put its wrapper around a layer, and notes what the network does with it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.called = False
+        self.read: str | None = None
+        """An attribute of the layer that the wrapper would not have."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.called = True
+        return self.layer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in ("weight", "bias", "in_features", "out_features"):
+                self.read = name
+            return getattr(self.layer, name)
+
+
+def _unwrappable(backbone: Backbone, names: Iterable[str]) -> dict[str, str]:
+    """Return which of these layers the network would not find behind peft's wrapper, and why, by one forward pass.
+
+    timm's BEiT reads a weight and leaves its layer out; transformers' MobileNet reads a convolution's stride.
+    """
+    model = backbone.model.eval()
+    probes = {name: _Probe(model.get_submodule(name)) for name in names}
     inputs: dict[str, Tensor]
     if isinstance(backbone.input, ImageInput):
         inputs = {"pixel_values": torch.zeros(1, len(backbone.input.mean), *backbone.input.size)}
     else:
         inputs = dict(backbone.input.tokenizer("a", return_tensors="pt"))
     device = next(model.parameters()).device
-    with torch.no_grad():
-        forward(model, {name: tensor.to(device) for name, tensor in inputs.items()})
-    for hook in hooks:
-        hook.remove()
-    return called
+    for name, probe in probes.items():
+        _put(model, name, probe)
+    try:
+        with torch.no_grad():
+            forward(model, {name: tensor.to(device) for name, tensor in inputs.items()})
+    finally:
+        for name, probe in probes.items():
+            _put(model, name, probe.layer)
+    unread = {
+        name: "its weight is read without calling the layer" for name, p in probes.items() if not p.called
+    }
+    read = {name: f"the network reads its {p.read}, which peft hides" for name, p in probes.items() if p.read}
+    return read | unread
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    around, _, last = name.rpartition(".")
+    setattr(model.get_submodule(around), last, module)
 
 
 def _no_target(spec: AdapterSpec, method: Method, backbone: Backbone, left_out: Mapping[str, str]) -> str:
     modules = dict(backbone.model.named_modules())
-    kinds = {_kind(modules[name]) for name in left_out}
-    able = [name for name, each in METHODS.items() if kinds & each.layers and name != spec.method]
-    others = list(dict.fromkeys(left_out.values()))
+    # What the method could adapt and is left out still, no method can.
+    layers = [name for name in left_out if _unsuitable(spec, method, modules, name)]
+    able = [
+        name
+        for name, each in METHODS.items()
+        if any(_unsuitable(AdapterSpec(method=name), each, modules, layer) is None for layer in layers)
+    ]
+    remedy = "Take another implementation of this architecture (timm's, transformers'), or other `targets`."
+    if able:
+        remedy = f"Methods that can: {', '.join(able)}."
     return (
         f"strategy: {spec.method} can adapt none of the {len(left_out)} layers that targets '{spec.targets}' finds in "
-        f"{backbone.source['architecture']} ({'; '.join(others)}). Methods that adapt "
-        f"{' and '.join(_WORDS[kind] for kind in sorted(kinds))}: {', '.join(able)}."
+        f"{backbone.source['architecture']} ({'; '.join(dict.fromkeys(left_out.values()))}). {remedy}"
     )
 
 

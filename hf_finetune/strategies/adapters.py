@@ -77,7 +77,7 @@ class Peft(Adapters):
     """Adapters of any method of peft, named by `method`, with its own `options`."""
 
     name: Literal["peft"] = "peft"  # type: ignore[assignment]
-    method: str
+    method: str = "lora"
     """A strategy's name such as `lora`, or any method of peft (`hra`, `miss`, `randlora`, …)."""
 
     def to_adapter(self) -> AdapterSpec:

@@ -100,6 +100,13 @@ class Phase(Spec):
                 _check_selector(selector)
         return value
 
+    @field_validator("rates")
+    @classmethod
+    def _patterns_compile(cls, value: dict[str, Rate]) -> dict[str, Rate]:
+        for pattern in value:
+            MatchSpec(match=pattern)
+        return value
+
     @model_validator(mode="after")
     def _one_way_to_rate_layers(self) -> Phase:
         if self.backbone_lr is not None and self.layer_decay is not None:
