@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -82,3 +82,43 @@ class Best:
 def is_better(value: float, than: float, mode: Mode, min_delta: float = 0.0) -> bool:
     """Return whether `value` improves on `than` by more than `min_delta`; NaN never does."""
     return value > than + min_delta if mode == "max" else value < than - min_delta
+
+
+@dataclass
+class Watch:
+    """What the monitor remembers: the best value, and who waits for an improvement."""
+
+    best: Best
+    early: Patience | None = None
+    """Early stopping."""
+    reducing: Patience | None = None
+    """The schedule's reduction of the rate."""
+    plateau: Patience | None = None
+    """The end of the phase."""
+
+    @classmethod
+    def of(cls, monitor: MonitorSpec, reduce: PatienceSpec | None) -> Watch:
+        """Return the watch of a run; `reduce` is the patience of its schedule, if that listens."""
+        assert monitor.mode != "auto"
+        patience = [_patience(monitor.mode, spec) for spec in (monitor.early_stopping, reduce)]
+        return cls(Best(monitor.mode), *patience)
+
+    def enter_phase(self, patience: PatienceSpec | None) -> None:
+        """Begin a phase: early stopping counts afresh, the phase's own plateau too."""
+        if self.early:
+            self.early.restart()
+        self.plateau = _patience(self.best.mode, patience)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything remembered, as JSON holds it."""
+        return asdict(self)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Remember what `state` says."""
+        self.best = Best(**state["best"])
+        for name in ("early", "reducing", "plateau"):
+            setattr(self, name, Patience(**state[name]) if state[name] else None)
+
+
+def _patience(mode: Mode, spec: PatienceSpec | None) -> Patience | None:
+    return Patience(mode, spec.patience, spec.min_delta) if spec else None

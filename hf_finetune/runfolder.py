@@ -30,7 +30,7 @@ Row = dict[str, Any]
 `seconds` and `loss`; training rows add `lr` (group -> rate) and `samples_per_second`, the others `metrics`
 (name -> value)."""
 
-RECIPE, METRICS, STATUS, MODEL = "recipe.yaml", "metrics.jsonl", "run.json", "model"
+RECIPE, METRICS, STATUS, MODEL, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "run.json", "model", "checkpoints"
 PREDICTIONS = "predictions.json"
 PACKAGES = (
     "hf-finetune", "torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "peft",

@@ -1,0 +1,114 @@
+"""Where a run stands, and how that is stored and restored, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from hf_finetune.checkpoint import (
+    Checkpoint,
+    model_tensors,
+    pack_optimizer,
+    random_state,
+    restore_model,
+    restore_random_state,
+    save_checkpoint,
+    unpack_optimizer,
+)
+from hf_finetune.monitor import Watch
+from hf_finetune.runfolder import CHECKPOINTS, METRICS
+
+if TYPE_CHECKING:
+    from accelerate.optimizer import AcceleratedOptimizer
+    from timm.utils import ModelEmaV3
+
+    from hf_finetune.setup import Setup
+
+
+@dataclass
+class Position:
+    """All that the loop decides by, beside the monitor's memory."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    phase: int = -1
+    phase_start: int = 0
+    phase_end: int = 0
+    """Step at which the phase ends at the latest."""
+    reduction: float = 1.0
+    """What reduce_on_plateau has brought the rates down to."""
+    due: bool = False
+    """An evaluation of this step is still to come."""
+
+
+def store(
+    run: Path,
+    at: Position,
+    watch: Watch,
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    ema: ModelEmaV3 | None,
+    setup: Setup,
+    accelerator: Accelerator,
+    *,
+    keep: int,
+) -> None:
+    """Write a checkpoint of everything that `restore` puts back; every process calls this.
+
+    Raises:
+        FinetuneError: it cannot be written; earlier checkpoints are as they were.
+    """
+    randomness = gather_object([random_state()])
+    if accelerator.is_main_process:
+        names = _names(setup)
+        tensors, plain = pack_optimizer(optimizer.optimizer, names)
+        parts = {"model": model_tensors(model, frozenset(names)), "optimizer": tensors}
+        if ema:
+            parts["ema"] = dict(ema.module.state_dict())
+        state = {
+            "position": asdict(at),
+            "watch": watch.state(),
+            "optimizer": plain,
+            "randomness": randomness,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "metrics_bytes": (run / METRICS).stat().st_size if (run / METRICS).exists() else 0,
+            "total_steps": setup.timeline.total_steps,
+        }
+        save_checkpoint(run / CHECKPOINTS, at.step, parts, state, keep=keep)
+    accelerator.wait_for_everyone()
+
+
+def restore(
+    checkpoint: Checkpoint,
+    at: Position,
+    watch: Watch,
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    ema: ModelEmaV3 | None,
+    setup: Setup,
+    accelerator: Accelerator,
+) -> None:
+    """Put a run where `store` found it."""
+    state = checkpoint.state
+    for name, value in state["position"].items():
+        setattr(at, name, value)
+    watch.load(state["watch"])
+    restore_model(model, checkpoint.tensors("model"))
+    unpack_optimizer(optimizer.optimizer, _names(setup), checkpoint.tensors("optimizer"), state["optimizer"])
+    if ema:
+        ema.module.load_state_dict(checkpoint.tensors("ema"))
+    if accelerator.scaler and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    # Of a run that is resumed with more processes on purpose, those without a state of their own keep their seed's.
+    if accelerator.process_index < len(state["randomness"]):
+        restore_random_state(state["randomness"][accelerator.process_index])
+
+
+def _names(setup: Setup) -> list[str]:
+    """Return the optimizer's parameters in the order of its groups."""
+    return [name for group in setup.groups for name in group.parameters]
