@@ -120,8 +120,10 @@ def unpack_optimizer(
 ) -> None:
     """Put back what `pack_optimizer` took, bit for bit and in each parameter's memory layout."""
     owners = dict(zip(names, _parameters(optimizer), strict=True))
-    for group, values in zip(optimizer.param_groups, plain["groups"], strict=True):
-        group.update({key: tuple(value) if isinstance(group.get(key), tuple) else value for key, value in values.items()})
+    saved = {group["name"]: group for group in plain["groups"]}
+    for group in optimizer.param_groups:
+        for key, value in saved.get(group["name"], {}).items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
     lists: dict[tuple[str, str], list[Any]] = {}
     for place, value in [*tensors.items(), *plain["state"].items()]:
         name, key, *index = place.split("//")
@@ -224,14 +226,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -34,15 +34,26 @@ Overrides = Annotated[
     ),
 ]
 Output = Annotated[str | None, typer.Option(help="The run folder; default runs/<recipe>-<backbone>-<time>.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, or the newest one.")]
+AllowChanges = Annotated[
+    bool, typer.Option("--allow-changes", help="Resume although something differs that changes the result.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 @app.command()
 def train(
-    recipe: RecipeArgument, overrides: Overrides = None, output: Output = None, quiet: Quiet = False
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    allow_changes: AllowChanges = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a recipe in this process; for several, `accelerate launch scripts/train.py --recipe RECIPE`."""
-    run_recipe(recipe, overrides or [], output=output, quiet=quiet)
+    run_recipe(
+        recipe, overrides or [], output=output, resume=resume, allow_changes=allow_changes, quiet=quiet
+    )
 
 
 @app.command()
@@ -168,10 +179,16 @@ def compare(
     compare_arms(arms, output=output, seeds=seeds, quiet=quiet)
 
 
-def run_recipe(recipe: str, overrides: list[str], *, output: str | None, quiet: bool) -> None:
+def run_recipe(
+    recipe: str, overrides: list[str], *, output: str | None, resume: bool, allow_changes: bool, quiet: bool
+) -> None:
     """Load a recipe and run it; what the `train` verb and scripts/train.py share."""
     from hf_finetune.recipe import load_recipe
 
+    run_folder = next((folder for folder in (Path(recipe), Path(recipe).parent) if _is_run(folder)), None)
+    if resume and run_folder is not None:
+        # A run is resumed by its folder, or the recipe in it, as well.
+        recipe, output = str(run_folder / "recipe.yaml"), output or str(run_folder)
     loaded = load_recipe(recipe, overrides)
     if output is not None:
         loaded = loaded.model_copy(update={"output": output})
@@ -181,7 +198,7 @@ def run_recipe(recipe: str, overrides: list[str], *, output: str | None, quiet: 
         check_rights(loaded.hub.repo_id, private=loaded.hub.private)
     from hf_finetune.train import finetune
 
-    run = finetune(loaded, name=loaded.name, quiet=quiet)
+    run = finetune(loaded, name=loaded.name, quiet=quiet, resume=resume, allow_changes=allow_changes)
     if not quiet and _rank() == 0:
         best = run.best
         found = (
@@ -220,14 +237,22 @@ def train_script() -> None:
         recipe: Annotated[str, typer.Option(help="A recipe file, or a shipped recipe's name.")],
         overrides: Overrides = None,
         output: Output = None,
+        resume: Resume = False,
+        allow_changes: AllowChanges = False,
         quiet: Quiet = False,
     ) -> None:
         """Run a recipe in every process that `accelerate launch` or `torchrun` started."""
-        run_recipe(recipe, overrides or [], output=output, quiet=quiet)
+        run_recipe(
+            recipe, overrides or [], output=output, resume=resume, allow_changes=allow_changes, quiet=quiet
+        )
 
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command()(script)
     main(command=typer.main.get_command(single))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file()
 
 
 def _rank() -> int:

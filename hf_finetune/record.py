@@ -5,27 +5,33 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 from torch import nn
 
+from hf_finetune.checkpoint import Checkpoint
 from hf_finetune.errors import FinetuneError, HubError
 from hf_finetune.evaluation import Evaluation
+from hf_finetune.freeze import weights_fingerprint
 from hf_finetune.hub.artefact import write_artefact
 from hf_finetune.hub.push import commit_message, push_folder
 from hf_finetune.monitor import Best
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import dump_recipe
 from hf_finetune.report.curves import save_curves
+from hf_finetune.resume import Resumed, find_run, take_over
 from hf_finetune.runfolder import RunFolder, hardware, read_metrics, read_status, versions
 from hf_finetune.setup import Setup
 from hf_finetune.tasks.metrics import default_metric
+
+Status = Literal["running", "done", "failed", "interrupted"]
 
 
 @dataclass
@@ -37,33 +43,60 @@ class Record:
     is_main: bool
     started: float
     """time.monotonic() at the start of the run."""
-    status: str = "failed"
+    status: Status = "failed"
     why: str = ""
+    finished: bool = False
+    """The run to resume is done: nothing is left to do."""
+    checkpoint: Checkpoint | None = None
+    """Where the run goes on; None starts it."""
+    earlier_seconds: float = 0.0
+    """What the run had taken when it was interrupted."""
     accelerator: Accelerator | None = None
     """Set once trackers are running."""
 
     @classmethod
-    def open(cls, setup: Setup, state: PartialState, *, name: str, started: float) -> Record:
-        """Claim the run folder and write down what is about to run; every process learns the folder's name.
+    def open(
+        cls,
+        setup: Setup,
+        state: PartialState,
+        *,
+        name: str,
+        started: float,
+        resume: bool = False,
+        allow_changes: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Record:
+        """Claim the run folder, or with `resume` take over the run in it; every process learns what was found.
 
         Raises:
-            UserError: the folder holds another run.
+            UserError: the folder holds another run, or one that `setup` would not continue as it began.
+            FinetuneError: none of the run's checkpoints is valid.
         """
-        claimed: list[Path | FinetuneError | None] = [None]
+        found: list[tuple[Path, Resumed | None] | FinetuneError | None] = [None]
         if state.is_main_process:
             try:
-                folder = RunFolder.create(setup.recipe.output, name, setup.recipe.backbone.id)
-                claimed = [folder.path]
+                resumed = find_run(setup, name) if resume else None
+                if resumed is None:
+                    folder = RunFolder.create(setup.recipe.output, name, setup.recipe.backbone.id).path
+                    found = [(folder, None)]
+                else:
+                    facts = cls(resumed, setup, True, started)._facts(state)
+                    found = [(resumed, take_over(resumed, setup, facts, allow_changes=allow_changes, say=say))]
             except FinetuneError as error:
-                claimed = [error]  # the other processes must not wait for a folder that never comes
+                found = [error]  # the other processes must not wait for a folder that never comes
         if state.num_processes > 1:
-            broadcast_object_list(claimed)
-        if not isinstance(claimed[0], Path):
-            raise claimed[0] or FinetuneError("the main process could not claim a run folder")
-        record = cls(claimed[0], setup, state.is_main_process, started)
-        if record.is_main:
+            broadcast_object_list(found)
+        if isinstance(found[0], FinetuneError) or found[0] is None:
+            raise found[0] or FinetuneError("the main process could not claim a run folder")
+        path, taken = found[0]
+        record = cls(path, setup, state.is_main_process, started)
+        if taken is not None:
+            record.finished, record.checkpoint, record.earlier_seconds = taken.finished, taken.checkpoint, taken.seconds
+        if record.is_main and not record.finished:
             (record.path / "recipe.yaml").write_text(dump_recipe(setup.recipe), encoding="utf-8")
-            record._folder.write_status(**record._facts(state))
+            record._folder.write_status(**record._facts(state), status="running", why="")
+            if record.checkpoint is None:
+                record._folder.write_status(best=None)
         return record
 
     @property
@@ -140,7 +173,7 @@ class Record:
             raise
         finally:
             if self.is_main:
-                seconds = time.monotonic() - self.started
+                seconds = self._seconds()
                 shutil.rmtree(self.path / ".model.new", ignore_errors=True)  # stopped while writing
                 self._folder.write_status(status=self.status, why=self.why, wall_seconds=round(seconds, 3))
                 rows = read_metrics(self.path)
@@ -155,10 +188,14 @@ class Record:
                 ) in accelerator.trackers:  # `end_training` would end the other processes' group as well
                     tracker.finish()
 
+    def _seconds(self) -> float:
+        """Return the wall time of the run, that of before an interruption included."""
+        return self.earlier_seconds + time.monotonic() - self.started
+
     def _log(self, step: int, phase: int, row: dict) -> None:
         if self.is_main:
             place = {"step": step, "epoch": self.setup.timeline.epoch(step), "phase": self.setup.plans[phase].name,
-                     "phase_index": phase, "seconds": round(time.monotonic() - self.started, 3)}  # fmt: skip
+                     "phase_index": phase, "seconds": round(self._seconds(), 3)}  # fmt: skip
             self._folder.log(place | row)
 
     def _write_model(self, model: nn.Module, best: dict | None) -> None:
@@ -182,6 +219,7 @@ class Record:
                 "library": setup.backbone.library,
                 "family": setup.backbone.anatomy.family,
                 "loaded_share": report.share,
+                "fingerprint": weights_fingerprint(setup.backbone.model),
             },
             "data": {
                 "source": setup.splits.report.source,

@@ -146,6 +146,14 @@ def load_run(path: str | Path) -> Run:
     return Run(path, read_status(path), read_metrics(path))
 
 
+def newest_run(recipe_name: str, backbone_name: str) -> Path | None:
+    """Return the newest folder under `runs/` of this recipe and backbone whose run is not done."""
+    stem = f"{_slug(recipe_name)}-{_slug(backbone_name)}-"
+    folders = [path for path in Path("runs").glob(f"{stem}*") if (path / STATUS).is_file() and (path / RECIPE).is_file()]
+    unfinished = [path for path in folders if read_status(path).get("status") != "done"]
+    return max(unfinished, key=lambda path: (path / STATUS).stat().st_mtime, default=None)
+
+
 def read_status(path: str | Path) -> dict[str, Any]:
     """Return run.json of the run folder `path`.
 
@@ -271,7 +279,7 @@ def _holds_a_run(path: Path) -> str:
     except UserError:
         status = {}
     state = f" ({status['status']}, started {status.get('started', '?')})" if "status" in status else ""
-    remedy = f"Give another folder, or remove this one first: rm -r {path}"
+    remedy = f"Continue it with --resume, give another folder, or remove this one first: rm -r {path}"
     return f"output: {path} already holds a run{state}. {remedy}"
 
 
