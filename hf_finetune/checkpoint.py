@@ -22,10 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_finetune.runfolder import writing
+from hf_finetune.errors import FinetuneError, UserError
+from hf_finetune.runfolder import os_error, writing
 
 MANIFEST, STATE = "manifest.json", "state.json"
 Tensors = Mapping[str, Tensor]
+_SET_BY_RECIPE = frozenset({"params", "name", "lr", "weight_decay"})
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -57,34 +60,42 @@ def save_checkpoint(
         FinetuneError: it cannot be written; earlier checkpoints are as they were.
     """
     final = folder / f"step-{step:08d}"
+    while final.exists():  # of this very step there is one already: it stays until the new one is whole
+        final = final.with_name(f"{final.name}+")
     aside = folder / f".{final.name}"
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        # Not the run folder itself: when that is gone, its disk may be.
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             aside.mkdir()
             for part, tensors in parts.items():
                 if tensors:
                     _save_tensors(aside / f"{part}.safetensors", tensors)
             _write_text(aside / STATE, json.dumps(state))
-            files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(aside.iterdir())}
+            written = sorted(aside.iterdir())
+            files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in written}
             _write_text(aside / MANIFEST, json.dumps({"step": step, "files": files}))
             _sync_folder(aside)
-            if final.exists():
-                shutil.rmtree(final)
             aside.rename(final)
             _sync_folder(folder)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        for old in _newest_first(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+        # Beside the older ones, what goes is another state of this step, and newer ones: those were found damaged
+        # when the run was resumed from before them.
+        saved = _newest_first(folder)
+        older = [path for path in saved if path.name < f"step-{step:08d}"]
+        for path in saved:
+            if path != final and path not in older[: keep - 1]:
+                shutil.rmtree(path, ignore_errors=True)
     return final
 
 
 def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest valid checkpoint of `folder`, and why each newer one was rejected."""
-    rejected = []
+    rejected: list[str] = []
     for path in _newest_first(folder) if folder.is_dir() else []:
         fault = _fault(path)
         if fault is None:
@@ -93,63 +104,93 @@ def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, rejected
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return an optimizer's state as tensors by `<parameter>//<key>` and plain values.
+def pack_optimizer(
+    optimizer: torch.optim.Optimizer, names: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an optimizer's state as tensors by `<parameter>//<key>` and a plan, as JSON holds it, of what goes where.
 
     Args:
         optimizer: the optimizer.
         names: of its parameters, in the order of its groups.
+
+    Raises:
+        FinetuneError: it keeps something that cannot be stored.
     """
+    kind = type(optimizer).__name__
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {"groups": [], "state": {}}
-    for group in optimizer.param_groups:
-        # Some optimizers count steps in the group; what the recipe sets is written along and does no harm.
-        plain["groups"].append({key: value for key, value in group.items() if _is_plain(value) and key != "params"})
-    for name, parameter in zip(names, _parameters(optimizer), strict=True):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            for place, item in _flat(f"{name}//{key}", value):
-                if isinstance(item, Tensor):
-                    tensors[place] = item
-                else:
-                    plain["state"][place] = item
-    return tensors, plain
+    owners: dict[Tensor, str] = dict(zip(_parameters(optimizer), names, strict=True))
+    if foreign := [key for key in optimizer.state if key not in owners]:
+        raise FinetuneError(_not_storable(kind, str(foreign[0])))
+    plan: dict[str, Any] = {
+        "kind": kind,
+        # Some optimizers count steps in the group; what the recipe sets there is the recipe's to say.
+        "groups": {
+            group["name"]: {key: value for key, value in group.items() if key not in _SET_BY_RECIPE and _is_plain(value)
+                            and value != optimizer.defaults.get(key, _ABSENT)}
+            for group in optimizer.param_groups
+        },
+        "state": {
+            (name := owners[parameter]): {
+                key: _pack(value, f"{name}//{key}", tensors, kind) for key, value in state.items()
+            }
+            for parameter, state in optimizer.state.items()
+        },
+        "own": {key: _pack(value, f"//{key}", tensors, kind) for key, value in optimizer.state_dict().items()
+                if key not in ("state", "param_groups")},
+    }  # fmt: skip
+    return tensors, plan
 
 
 def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Tensors, plain: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Tensors, plan: Mapping[str, Any]
 ) -> None:
-    """Put back what `pack_optimizer` took, bit for bit and in each parameter's memory layout."""
-    owners = dict(zip(names, _parameters(optimizer), strict=True))
-    saved = {group["name"]: group for group in plain["groups"]}
+    """Put back what `pack_optimizer` took, bit for bit and in each parameter's memory layout.
+
+    Parameters that the optimizer does not hold, as after a change that was allowed, are passed over.
+
+    Raises:
+        UserError: the state is another optimizer's, or of parameters of other shapes.
+    """
+    kind = type(optimizer).__name__
+    if plan["kind"] != kind:
+        raise UserError(
+            f"resume: the checkpoint holds the state of {plan['kind']}, the recipe asks for {kind}."
+        )
+    if plan["own"]:
+        own = {key: _unpack(value, tensors, None) for key, value in plan["own"].items()}
+        optimizer.load_state_dict(optimizer.state_dict() | own)
     for group in optimizer.param_groups:
-        for key, value in saved.get(group["name"], {}).items():
+        for key, value in plan["groups"].get(group["name"], {}).items():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-    lists: dict[tuple[str, str], list[Any]] = {}
-    for place, value in [*tensors.items(), *plain["state"].items()]:
-        name, key, *index = place.split("//")
-        parameter = owners[name]
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            # Fused kernels walk state and parameter side by side in memory: the layouts must agree.
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        elif isinstance(value, Tensor) and value.ndim:
-            value = value.to(parameter.device)
-        if index:
-            lists.setdefault((name, key), []).append(value)
-        else:
-            optimizer.state[parameter][key] = value
-    for (name, key), values in lists.items():
-        optimizer.state[owners[name]][key] = values
+    for name, parameter in zip(names, _parameters(optimizer), strict=True):
+        if name in plan["state"]:
+            optimizer.state[parameter] = {
+                key: _unpack(value, tensors, parameter) for key, value in plan["state"][name].items()
+            }
 
 
 def model_tensors(model: nn.Module, trained: set[str] | frozenset[str]) -> dict[str, Tensor]:
     """Return what a checkpoint holds of a model: the parameters any phase trains, and every buffer."""
-    return {name: p.detach() for name, p in model.named_parameters() if name in trained} | dict(model.named_buffers())
+    return {name: p.detach() for name, p in model.named_parameters() if name in trained} | dict(
+        model.named_buffers()
+    )
 
 
 @torch.no_grad()
 def restore_model(model: nn.Module, tensors: Tensors) -> None:
-    """Copy a checkpoint's tensors into the model, in place."""
+    """Copy a checkpoint's tensors into the model, in place.
+
+    Raises:
+        UserError: the model has no such tensor, or one of another shape.
+    """
     owned = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in tensors.items():
+        if name not in owned or owned[name].shape != tensor.shape:
+            there = tuple(owned[name].shape) if name in owned else "not there"
+            raise UserError(
+                f"resume: the checkpoint is of another model: its {name} is {tuple(tensor.shape)}, here it is {there}. "
+                "Start another run with another --output."
+            )
     for name, tensor in tensors.items():
         owned[name].copy_(tensor)
 
@@ -183,10 +224,39 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _flat(place: str, value: Any) -> list[tuple[str, Any]]:
+def _pack(value: Any, place: str, tensors: dict[str, Tensor], kind: str) -> Any:
+    """Return `value` as JSON holds it, its tensors by name in `tensors`; containers say what they are."""
+    if isinstance(value, Tensor):
+        tensors[place] = value
+        return {"tensor": place, "on_host": value.device.type == "cpu"}
     if isinstance(value, (list, tuple)):
-        return [(f"{place}//{i}", item) for i, item in enumerate(value)]
-    return [(place, value)]
+        items = [_pack(item, f"{place}//{i}", tensors, kind) for i, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if _is_plain(value):
+        return value
+    raise FinetuneError(_not_storable(kind, f"{place} ({type(value).__name__})"))
+
+
+def _unpack(packed: Any, tensors: Tensors, parameter: nn.Parameter | None) -> Any:
+    if not isinstance(packed, dict):
+        return packed
+    if "tensor" not in packed:
+        ((kind, items),) = packed.items()
+        return (tuple if kind == "tuple" else list)(_unpack(item, tensors, parameter) for item in items)
+    value = tensors[packed["tensor"]]
+    if parameter is None:
+        return value
+    if value.shape == parameter.shape:
+        # Fused kernels walk state and parameter side by side in memory: the layouts must agree.
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value if packed["on_host"] else value.to(parameter.device)
+
+
+def _not_storable(kind: str, what: str) -> str:
+    return (
+        f"optimizer {kind}: its state holds {what}, which a checkpoint cannot. Choose another optimizer.name, or "
+        "training.checkpoint=null for a run that cannot be resumed."
+    )
 
 
 def _is_plain(value: Any) -> bool:
@@ -201,11 +271,13 @@ def _bytes(text: str) -> Tensor:
 
 def _save_tensors(path: Path, tensors: Tensors) -> None:
     # Each tensor gets memory of its own: safetensors refuses views that share theirs.
-    copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    plain = torch.contiguous_format
     try:
-        save_file(copies, path)
+        save_file(
+            {name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in tensors.items()}, path
+        )
     except SafetensorError as error:
-        raise OSError(f"{path.name}: {error}") from error
+        raise os_error(error, path) from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -254,5 +326,3 @@ def _fault(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None if STATE in files else f"{STATE} is missing"
-
-

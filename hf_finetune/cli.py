@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -185,8 +186,8 @@ def run_recipe(
     """Load a recipe and run it; what the `train` verb and scripts/train.py share."""
     from hf_finetune.recipe import load_recipe
 
-    run_folder = next((folder for folder in (Path(recipe), Path(recipe).parent) if _is_run(folder)), None)
-    if resume and run_folder is not None:
+    run_folder = Path(recipe).parent if Path(recipe).name == "recipe.yaml" else Path(recipe)
+    if resume and _is_run(run_folder):
         # A run is resumed by its folder, or the recipe in it, as well.
         recipe, output = str(run_folder / "recipe.yaml"), output or str(run_folder)
     loaded = load_recipe(recipe, overrides)
@@ -198,6 +199,8 @@ def run_recipe(
         check_rights(loaded.hub.repo_id, private=loaded.hub.private)
     from hf_finetune.train import finetune
 
+    # Until the loop watches for it, SIGTERM ends the run as SIGINT does: there is nothing to save yet.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = finetune(loaded, name=loaded.name, quiet=quiet, resume=resume, allow_changes=allow_changes)
     if not quiet and _rank() == 0:
         best = run.best
@@ -218,8 +221,8 @@ def main(arguments: list[str] | None = None, *, command: Any = None) -> None:
     """Run the command line; errors we can name end in one short text and their exit code."""
     try:
         (command or typer.main.get_command(app)).main(arguments, prog_name=None, standalone_mode=False)
-    except UserError as error:
-        # Every process finds the same mistake; one says so.
+    except (UserError, Interrupted) as error:
+        # Every process finds the same; one says so.
         _leave(error, error.exit_code, silent=_rank() > 0)
     except FinetuneError as error:
         _leave(error, error.exit_code)

@@ -96,4 +96,5 @@ def check_frozen(model: nn.Module, plan: PhasePlan, before: dict[str, str]) -> N
 def weights_fingerprint(model: nn.Module) -> str:
     """Return one hash of every parameter and buffer of a model."""
     marks = fingerprints(dict(model.named_parameters()) | dict(model.named_buffers()))
-    return hashlib.blake2b("".join(f"{name}{marks[name]}" for name in sorted(marks)).encode(), digest_size=16).hexdigest()
+    text = "".join(f"{name}{marks[name]}" for name in sorted(marks))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from hf_finetune.checkpoint import (
@@ -20,8 +20,9 @@ from hf_finetune.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
+from hf_finetune.errors import FinetuneError, UserError
 from hf_finetune.monitor import Watch
-from hf_finetune.runfolder import CHECKPOINTS, METRICS
+from hf_finetune.runfolder import CHECKPOINTS, RunFolder
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -64,23 +65,45 @@ def store(
         FinetuneError: it cannot be written; earlier checkpoints are as they were.
     """
     randomness = gather_object([random_state()])
+    failed: list[FinetuneError | None] = [None]
     if accelerator.is_main_process:
-        names = _names(setup)
-        tensors, plain = pack_optimizer(optimizer.optimizer, names)
-        parts = {"model": model_tensors(model, frozenset(names)), "optimizer": tensors}
-        if ema:
-            parts["ema"] = dict(ema.module.state_dict())
-        state = {
-            "position": asdict(at),
-            "watch": watch.state(),
-            "optimizer": plain,
-            "randomness": randomness,
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            "metrics_bytes": (run / METRICS).stat().st_size if (run / METRICS).exists() else 0,
-            "total_steps": setup.timeline.total_steps,
-        }
-        save_checkpoint(run / CHECKPOINTS, at.step, parts, state, keep=keep)
-    accelerator.wait_for_everyone()
+        try:
+            _store(run, at, watch, model, optimizer, ema, setup, accelerator, randomness, keep)
+        except FinetuneError as error:
+            failed = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(failed)  # the others must not wait for a process that has left
+    if failed[0]:
+        raise failed[0]
+
+
+def _store(
+    run: Path,
+    at: Position,
+    watch: Watch,
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    ema: ModelEmaV3 | None,
+    setup: Setup,
+    accelerator: Accelerator,
+    randomness: list[dict[str, Any]],
+    keep: int,
+) -> None:
+    names = _names(setup)
+    tensors, plan = pack_optimizer(optimizer.optimizer, names)
+    parts = {"model": model_tensors(model, frozenset(names)), "optimizer": tensors}
+    if ema:
+        parts["ema"] = model_tensors(ema.module, frozenset(names))
+    state = {
+        "position": asdict(at),
+        "watch": watch.state(),
+        "optimizer": plan,
+        "randomness": randomness,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        "metrics_bytes": RunFolder(run).sync_metrics(),
+        "total_steps": setup.timeline.total_steps,
+    }
+    save_checkpoint(run / CHECKPOINTS, at.step, parts, state, keep=keep)
 
 
 def restore(
@@ -93,15 +116,24 @@ def restore(
     setup: Setup,
     accelerator: Accelerator,
 ) -> None:
-    """Put a run where `store` found it."""
+    """Put a run where `store` found it.
+
+    Raises:
+        UserError: the checkpoint is of another model, optimizer or strategy.
+    """
     state = checkpoint.state
+    if state["position"]["phase"] >= len(setup.plans):
+        raise UserError(
+            f"resume: the checkpoint stands in phase {state['position']['phase'] + 1}, the recipe has "
+            f"{len(setup.plans)}. Start another run with another --output."
+        )
     for name, value in state["position"].items():
         setattr(at, name, value)
     watch.load(state["watch"])
     restore_model(model, checkpoint.tensors("model"))
     unpack_optimizer(optimizer.optimizer, _names(setup), checkpoint.tensors("optimizer"), state["optimizer"])
     if ema:
-        ema.module.load_state_dict(checkpoint.tensors("ema"))
+        restore_model(ema.module, checkpoint.tensors("ema"))
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     # Of a run that is resumed with more processes on purpose, those without a state of their own keep their seed's.

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import dump_recipe
 from hf_finetune.report.curves import save_curves
 from hf_finetune.resume import Resumed, find_run, take_over
-from hf_finetune.runfolder import RunFolder, hardware, read_metrics, read_status, versions
+from hf_finetune.runfolder import RunFolder, hardware, read_metrics, read_status, versions, writing
 from hf_finetune.setup import Setup
 from hf_finetune.tasks.metrics import default_metric
 
@@ -81,7 +81,9 @@ class Record:
                     found = [(folder, None)]
                 else:
                     facts = cls(resumed, setup, True, started)._facts(state)
-                    found = [(resumed, take_over(resumed, setup, facts, allow_changes=allow_changes, say=say))]
+                    found = [
+                        (resumed, take_over(resumed, setup, facts, allow_changes=allow_changes, say=say))
+                    ]
             except FinetuneError as error:
                 found = [error]  # the other processes must not wait for a folder that never comes
         if state.num_processes > 1:
@@ -91,9 +93,13 @@ class Record:
         path, taken = found[0]
         record = cls(path, setup, state.is_main_process, started)
         if taken is not None:
-            record.finished, record.checkpoint, record.earlier_seconds = taken.finished, taken.checkpoint, taken.seconds
+            record.finished, record.checkpoint, record.earlier_seconds = (
+                taken.finished,
+                taken.checkpoint,
+                taken.seconds,
+            )
         if record.is_main and not record.finished:
-            (record.path / "recipe.yaml").write_text(dump_recipe(setup.recipe), encoding="utf-8")
+            record._folder.write_recipe(dump_recipe(setup.recipe))
             record._folder.write_status(**record._facts(state), status="running", why="")
             if record.checkpoint is None:
                 record._folder.write_status(best=None)
@@ -156,11 +162,9 @@ class Record:
         if not self.is_main:
             return
         old, final = self.path / ".model.old", self.path / "model"
-        if (
-            old.exists() and not final.exists()
-        ):  # stopped between putting the one away and the other in its place
-            old.rename(final)
-        if not final.exists():
+        if old.exists() and not final.exists():
+            old.rename(final)  # stopped between putting the one away and the other in its place
+        if not final.exists() or not read_status(self.path).get("best"):
             self._write_model(model, None)
 
     @contextmanager
@@ -170,23 +174,28 @@ class Record:
             yield
         except Exception as error:
             self.why = self.why or (str(error).splitlines() or [type(error).__name__])[0]
+            with suppress(FinetuneError):  # on a full or vanished disk; what came first is what to tell
+                self._close()
             raise
+        else:
+            self._close()
         finally:
-            if self.is_main:
-                seconds = self._seconds()
-                shutil.rmtree(self.path / ".model.new", ignore_errors=True)  # stopped while writing
-                self._folder.write_status(status=self.status, why=self.why, wall_seconds=round(seconds, 3))
-                rows = read_metrics(self.path)
-                save_curves(
-                    rows, read_status(self.path).get("best"), self.path / "curves.png", title=self.path.name
-                )
-                if (self.path / "model").is_dir():
-                    shutil.copyfile(self.path / "curves.png", self.path / "model" / "curves.png")
             if self.accelerator is not None:
                 for (
                     tracker
                 ) in accelerator.trackers:  # `end_training` would end the other processes' group as well
                     tracker.finish()
+
+    def _close(self) -> None:
+        if not self.is_main:
+            return
+        shutil.rmtree(self.path / ".model.new", ignore_errors=True)  # stopped while writing
+        self._folder.write_status(status=self.status, why=self.why, wall_seconds=round(self._seconds(), 3))
+        rows = read_metrics(self.path)
+        save_curves(rows, read_status(self.path).get("best"), self.path / "curves.png", title=self.path.name)
+        if (self.path / "model").is_dir():
+            with writing(self.path):
+                shutil.copyfile(self.path / "curves.png", self.path / "model" / "curves.png")
 
     def _seconds(self) -> float:
         """Return the wall time of the run, that of before an interruption included."""
@@ -201,12 +210,15 @@ class Record:
     def _write_model(self, model: nn.Module, best: dict | None) -> None:
         """Write `model/` aside, then put it in the place of the older one."""
         aside, old, final = (self.path / name for name in (".model.new", ".model.old", "model"))
+        if old.exists() and not final.exists():
+            old.rename(final)  # stopped between the two renames below
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
         write_artefact(aside, replace(self.setup.backbone, model=model), self.setup, best)
-        if final.exists():
-            final.rename(old)
-        aside.rename(final)
+        with writing(self.path):
+            if final.exists():
+                final.rename(old)
+            aside.rename(final)
         shutil.rmtree(old, ignore_errors=True)
 
     def _facts(self, state: PartialState) -> dict:

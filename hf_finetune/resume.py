@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from hf_finetune.checkpoint import Checkpoint, find_checkpoint
 from hf_finetune.errors import FinetuneError, UserError
 from hf_finetune.recipe import load_recipe
-from hf_finetune.runfolder import CHECKPOINTS, METRICS, STATUS, Run, load_run, newest_run
+from hf_finetune.runfolder import CHECKPOINTS, METRICS, RECIPE, STATUS, Run, RunFolder, load_run, newest_run
+from hf_finetune.timeline import phase_end
 
 if TYPE_CHECKING:
     from hf_finetune.setup import Setup
@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 FREE_KEYS = ("output", "trackers", "data.workers", "training.checkpoint", "training.max_hours")
 LENGTH_KEYS = ("training.epochs", "training.steps")
 """May grow: the run is then extended."""
-RESULT_PACKAGES = ("torch", "torchvision", "timm", "transformers", "accelerate", "peft", "tokenizers", "hf-finetune")
+RESULT_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "accelerate",
+    "peft",
+    "tokenizers",
+    "hf-finetune",
+)
 """Packages whose other version may compute other numbers."""
 
 
@@ -45,7 +54,13 @@ def find_run(setup: Setup, name: str) -> Path | None:
     """
     output = setup.recipe.output
     if output is not None:
-        return Path(output) if (Path(output) / STATUS).is_file() else None
+        folder = Path(output)
+        if not (folder / STATUS).is_file():
+            return None
+        if not any((folder / name).exists() for name in (RECIPE, METRICS, CHECKPOINTS)):
+            (folder / STATUS).unlink()  # killed right after it had claimed the folder: nothing is lost
+            return None
+        return folder
     found = newest_run(name, setup.recipe.backbone.id)
     if found is None:
         raise UserError(
@@ -80,28 +95,33 @@ def take_over(
     for change in [*changes, *_free_changes(run.status, facts)]:
         say(f"resume: {change}")
 
+    total, total_before = setup.timeline.total_steps, run.status.get("total_steps", 0)
+    done = run.status.get("status") == "done"
+    if done and total <= total_before:
+        return Resumed(None, finished=True, seconds=0.0)
     checkpoint, rejected = find_checkpoint(folder / CHECKPOINTS)
     for reason in rejected:
         say(f"resume: checkpoint rejected: {reason}")
     if checkpoint is None:
-        if rejected:
+        if rejected or done:
+            why = "; ".join(rejected) if rejected else "it kept none: training.checkpoint is null"
             raise FinetuneError(
-                f"{folder}: no checkpoint can be used ({'; '.join(rejected)}). The best model so far is in "
+                f"{folder}: no checkpoint can be used ({why}). The best model so far is in "
                 f"{folder / 'model'}, if any; start again with another --output."
             )
         say("resume: the run stopped before its first checkpoint; it starts from the beginning")
-        (folder / METRICS).unlink(missing_ok=True)
+        RunFolder(folder).cut_metrics(0)
         return Resumed(None, finished=False, seconds=0.0)
-    step, total = checkpoint.state["position"]["step"], setup.timeline.total_steps
+    state = checkpoint.state
+    step = state["position"]["step"]
     if step > total:
         raise UserError(f"{folder}: {step} steps are done, more than the {total} the recipe asks for now.")
-    grown = total > checkpoint.state["total_steps"]
-    if run.status.get("status") == "done" and not grown:
-        return Resumed(checkpoint, finished=True, seconds=0.0)
-    if grown:
-        say(f"resume: the run grows from {checkpoint.state['total_steps']} to {total} steps")
-        _lengthen(checkpoint, total)
-    _cut_rows(folder / METRICS, checkpoint.state["metrics_bytes"])
+    if total > state["total_steps"]:
+        say(f"resume: the run grows from {state['total_steps']} to {total} steps")
+        _lengthen(state, setup)
+    if RunFolder(folder).sync_metrics() < state["metrics_bytes"]:
+        say(f"resume: {METRICS} has lost rows from before step {step}")
+    RunFolder(folder).cut_metrics(state["metrics_bytes"])
     say(f"resume: from {checkpoint.path.name} in {folder}")
     return Resumed(checkpoint, finished=False, seconds=_seconds_at(folder, step))
 
@@ -109,17 +129,25 @@ def take_over(
 def _recipe_changes(run: Run, setup: Setup) -> Iterator[str]:
     was = _flat(load_recipe(run.recipe_path).model_dump(mode="json", by_alias=True))
     now = _flat(setup.recipe.model_dump(mode="json", by_alias=True))
+    grows = setup.timeline.total_steps >= run.status.get("total_steps", 0)
+    chosen = {choice.key for choice in setup.choices if choice.key.startswith(("training.", "schedule."))}
     for key in sorted(was.keys() | now.keys()):
         if was.get(key) == now.get(key) or key.startswith(FREE_KEYS):
             continue
-        if key in LENGTH_KEYS and setup.timeline.total_steps >= run.status.get("total_steps", 0):
+        if grows and (key in LENGTH_KEYS or key in chosen):
             continue
         yield f"{key}: was {was.get(key)}, is {now.get(key)}"
 
 
 def _fact_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Yield what differs outside the recipe and changes the result."""
-    places = [("data", "fingerprint"), ("backbone", "fingerprint"), ("labels",), ("processes",), ("hardware", "device")]
+    places = [
+        ("data", "fingerprint"),
+        ("backbone", "fingerprint"),
+        ("labels",),
+        ("processes",),
+        ("hardware", "device"),
+    ]
     places += [("versions", package) for package in RESULT_PACKAGES]
     for place in places:
         before, after = _at(was, place), _at(now, place)
@@ -133,19 +161,21 @@ def _free_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
         before = _at(was, ("versions", package))
         if package not in RESULT_PACKAGES and before is not None and before != version:
             yield f"{package} was {before}, is {version}; that does not change the result"
+    for name in ("cpu", "cores", "gpus"):
+        before, after = _at(was, ("hardware", name)), _at(now, ("hardware", name))
+        if before is not None and before != after:
+            yield f"{name}: was {before}, is {after}; another kernel may round the last bits differently"
 
 
-def _lengthen(checkpoint: Checkpoint, total_steps: int) -> None:
-    """Let a last phase that ended with the run end with the longer one."""
-    position = checkpoint.state["position"]
-    if position["phase_end"] == checkpoint.state["total_steps"]:
-        position["phase_end"] = total_steps
-
-
-def _cut_rows(path: Path, size: int) -> None:
-    """Drop what was logged after the checkpoint: the run logs it again."""
-    if path.exists() and path.stat().st_size > size:
-        os.truncate(path, size)
+def _lengthen(state: dict[str, Any], setup: Setup) -> None:
+    """Let the phase that ended with the run end where it does in the longer one; early stopping counts afresh."""
+    at = state["position"]
+    if at["phase_end"] == state["total_steps"] and 0 <= at["phase"] < len(setup.plans):
+        at["phase_end"] = max(
+            at["step"], phase_end(setup.plans, at["phase"], at["phase_start"], setup.timeline)
+        )
+    if state["watch"]["early"]:
+        state["watch"]["early"]["waited"] = 0
 
 
 def _seconds_at(folder: Path, step: int) -> float:
@@ -163,4 +193,8 @@ def _at(facts: Mapping[str, Any], place: tuple[str, ...]) -> Any:
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {key: value}
-    return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{key}.{name}" if key else name).items()}
+    return {
+        k: v
+        for name, inner in value.items()
+        for k, v in _flat(inner, f"{key}.{name}" if key else name).items()
+    }

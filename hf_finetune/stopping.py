@@ -24,13 +24,18 @@ from hf_finetune.record import Record
 def watched_signals() -> Iterator[list[str]]:
     """Collect SIGINT and SIGTERM by name instead of obeying them at once; a second one leaves at once."""
     received: list[str] = []
+    first = 0.0
+    # A cluster signals torchrun and its processes alike, and torchrun passes on what it gets: a copy is no second wish.
+    echo = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
     def receive(number: int, frame: Any) -> None:
-        if received:
+        nonlocal first
+        if received and time.monotonic() >= first + echo:
             os._exit(Interrupted.exit_code)
+        first = first or time.monotonic()
         received.append(signal.Signals(number).name)
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -83,6 +88,6 @@ def non_finite(
         else ""
     )
     return (
-        f"step {step + 1}, epoch {epoch + 1}: {what}, in rows {named} of train (the first is 0). Look at these samples, "
-        f"lower optimizer.lr, or train in precision: fp32. {kept}"
+        f"step {step + 1}, epoch {epoch + 1}: {what}, in rows {named} of train (the first is 0). Look at these "
+        f"samples, lower optimizer.lr, or train in precision: fp32. {kept}"
     ).rstrip()

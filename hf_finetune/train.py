@@ -37,7 +37,12 @@ LOGGED_STEPS = 200
 
 
 def finetune(
-    recipe: Recipe, *, name: str = "recipe", quiet: bool = False, resume: bool = False, allow_changes: bool = False
+    recipe: Recipe,
+    *,
+    name: str = "recipe",
+    quiet: bool = False,
+    resume: bool = False,
+    allow_changes: bool = False,
 ) -> Run:
     """Run `recipe` and return the finished run; under several processes each calls this.
 
@@ -69,7 +74,7 @@ def finetune(
         progress.say(f"nothing to do: the run in {record.path} is done and the recipe asks for no more steps")
         return load_run(record.path)
     accelerator = start_accelerator(setup, record)
-    with progress, record.closing(accelerator), watched_signals() as signals:
+    with watched_signals() as signals, progress, record.closing(accelerator):
         try:
             record.status, record.why = _train(setup, accelerator, record, progress, signals)
             record.keep_if_none(setup.backbone.model)  # where no evaluation gave a number
@@ -115,12 +120,18 @@ def _train(
     log_every = max(1, timeline.total_steps // LOGGED_STEPS)
     seen, clock = 0, time.monotonic()  # samples and time since the last training row
     entered, batches = -1, None  # the phase the model is set up for; the epoch's batches
+    still: dict[str, str] = {}  # fingerprints of what is frozen in this phase
 
     def save() -> None:
         keep = training.checkpoint.keep if training.checkpoint else 1
         store(record.path, at, watch, model, optimizer, ema, setup, accelerator, keep=keep)
 
-    while at.step < timeline.total_steps or at.due:
+    def while_evaluating() -> None:
+        progress.doing("evaluating")
+        if world == 1 and signals:  # several processes must come to the same end: they stop after it
+            raise Interrupted(f"stopped by {signals[0]}")
+
+    while at.due or (at.step < timeline.total_steps and not watch.stops):
         if at.step == at.phase_end and not at.due:
             at.phase, at.phase_start = at.phase + 1, at.step
             at.phase_end = phase_end(setup.plans, at.phase, at.step, timeline)
@@ -132,7 +143,7 @@ def _train(
             # Other layers learn from here on. DDP hooks the parameters that need gradients when it wraps, so the
             # model is wrapped anew after `requires_grad` has changed.
             if entered >= 0:
-                check_frozen(model, plan, still)
+                check_frozen(model, setup.plans[entered], still)
             entered, plan = at.phase, setup.plans[at.phase]
             scope.apply(plan, setup.backbone.anatomy, groups_of_modules)
             still = fingerprints(frozen_tensors(model, plan))
@@ -165,7 +176,11 @@ def _train(
                     with accelerator.autocast():
                         logits = forward(wrapped, inputs)
                     losses = sample_losses(
-                        kind, logits, targets, class_weights=class_weight, label_smoothing=training.label_smoothing
+                        kind,
+                        logits,
+                        targets,
+                        class_weights=class_weight,
+                        label_smoothing=training.label_smoothing,
                     )
                     # Summed over samples and divided by the whole batch: short batches and uneven shares weigh
                     # right. DDP averages over processes, hence the factor.
@@ -205,14 +220,18 @@ def _train(
         if at.due:
             if world > 1:
                 _share_buffers(measured)
-            result = evaluate(
-                measured,
-                validation,
-                splits.labels,
-                record.metrics,
-                accelerator,
-                on_batch=lambda: progress.doing("evaluating"),
-            )
+            try:
+                result = evaluate(
+                    measured,
+                    validation,
+                    splits.labels,
+                    record.metrics,
+                    accelerator,
+                    on_batch=while_evaluating,
+                )
+            except Interrupted as stopped:  # the evaluation stays due
+                save()
+                return "interrupted", str(stopped)
             at.due, value = False, result.value(monitor.metric)
             is_best = watch.best.update(
                 value, step=at.step, epoch=timeline.epoch(at.step), metrics=result.metrics
@@ -232,17 +251,17 @@ def _train(
                 watch.reducing.restart()
             if watch.plateau and watch.plateau.exhausted_by(value) and at.phase + 1 < len(setup.plans):
                 at.phase_end = at.step
-            if watch.early and watch.early.exhausted_by(value):
-                check_frozen(model, plan, still)
-                save()
-                return "done", f"no better {monitor.metric} in {watch.early.patience} evaluations"
+            if watch.early:
+                watch.early.exhausted_by(value)
             clock = time.monotonic()  # evaluating does not count as training time
-        if save_every and at.step % save_every == 0 and at.step < timeline.total_steps:
+        if save_every and at.step % save_every == 0 and at.step < timeline.total_steps and not watch.stops:
             save()
     if entered >= 0:
-        check_frozen(model, plan, still)
+        check_frozen(model, setup.plans[entered], still)
     if training.checkpoint:
         save()
+    if watch.early and watch.stops:
+        return "done", f"no better {monitor.metric} in {watch.early.patience} evaluations"
     return "done", "all steps done"
 
 
