@@ -28,7 +28,6 @@ from hf_finetune.runfolder import os_error, writing
 MANIFEST, STATE = "manifest.json", "state.json"
 Tensors = Mapping[str, Tensor]
 _SET_BY_RECIPE = frozenset({"params", "name", "lr", "weight_decay"})
-_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,7 @@ def pack_optimizer(
         raise FinetuneError(_not_storable(kind, str(foreign[0])))
     plan: dict[str, Any] = {
         "kind": kind,
-        # Some optimizers count steps in the group; what the recipe sets there is the recipe's to say.
-        "groups": {
-            group["name"]: {key: value for key, value in group.items() if key not in _SET_BY_RECIPE and _is_plain(value)
-                            and value != optimizer.defaults.get(key, _ABSENT)}
-            for group in optimizer.param_groups
-        },
+        "groups": {group["name"]: _pack_group(optimizer, group, tensors) for group in optimizer.param_groups},
         "state": {
             (name := owners[parameter]): {
                 key: _pack(value, f"{name}//{key}", tensors, kind) for key, value in state.items()
@@ -161,7 +155,7 @@ def unpack_optimizer(
         optimizer.load_state_dict(optimizer.state_dict() | own)
     for group in optimizer.param_groups:
         for key, value in plan["groups"].get(group["name"], {}).items():
-            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+            group[key] = _unpack(value, tensors, None)
     for name, parameter in zip(names, _parameters(optimizer), strict=True):
         if name in plan["state"]:
             optimizer.state[parameter] = {
@@ -222,6 +216,20 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _pack_group(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Return what an optimizer itself keeps in a group, such as a count of steps; the recipe says the rest."""
+    own = {key: value for key, value in group.items() if key not in _SET_BY_RECIPE}
+    moved = {
+        k: v
+        for k, v in own.items()
+        if isinstance(v, Tensor) or k not in optimizer.defaults or v != optimizer.defaults[k]
+    }
+    kind = type(optimizer).__name__
+    return {key: _pack(value, f"{group['name']}//{key}", tensors, kind) for key, value in moved.items()}
 
 
 def _pack(value: Any, place: str, tensors: dict[str, Tensor], kind: str) -> Any:
