@@ -66,7 +66,7 @@ def save_checkpoint(
         # Not the run folder itself: when that is gone, its disk may be.
         folder.mkdir(exist_ok=True)
         for leftover in folder.glob(".step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
         try:
             aside.mkdir()
             for part, tensors in parts.items():
@@ -88,7 +88,7 @@ def save_checkpoint(
         older = [path for path in saved if path.name < f"step-{step:08d}"]
         for path in saved:
             if path != final and path not in older[: keep - 1]:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
     return final
 
 
@@ -311,6 +311,13 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _newest_first(folder: Path) -> list[Path]:

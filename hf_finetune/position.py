@@ -100,7 +100,7 @@ def _store(
         "optimizer": plan,
         "randomness": randomness,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-        "metrics_bytes": RunFolder(run).sync_metrics(),
+        "rows": RunFolder(run).sync_metrics(),
         "total_steps": setup.timeline.total_steps,
     }
     save_checkpoint(run / CHECKPOINTS, at.step, parts, state, keep=keep)

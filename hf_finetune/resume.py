@@ -119,9 +119,8 @@ def take_over(
     if total > state["total_steps"]:
         say(f"resume: the run grows from {state['total_steps']} to {total} steps")
         _lengthen(state, setup)
-    if RunFolder(folder).sync_metrics() < state["metrics_bytes"]:
+    if RunFolder(folder).cut_metrics(state["rows"]) < state["rows"]:
         say(f"resume: {METRICS} has lost rows from before step {step}")
-    RunFolder(folder).cut_metrics(state["metrics_bytes"])
     say(f"resume: from {checkpoint.path.name} in {folder}")
     return Resumed(checkpoint, finished=False, seconds=_seconds_at(folder, step))
 

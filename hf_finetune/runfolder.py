@@ -75,21 +75,25 @@ class RunFolder:
             file.write(_json_text(row) + "\n")
 
     def sync_metrics(self) -> int:
-        """Bring the rows written so far to the disk for good, and return how many bytes they are."""
+        """Bring the rows written so far to the disk for good, and return how many they are."""
         path = self.path / METRICS
         with writing(self.path):
             if not path.exists():
                 return 0
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-                return os.fstat(file.fileno()).st_size
+                return sum(1 for _ in file)
 
-    def cut_metrics(self, size: int) -> None:
-        """Drop the rows that were written after the first `size` bytes."""
+    def cut_metrics(self, rows: int) -> int:
+        """Keep the first `rows` rows, and return how many were there; a last one that is cut short counts as none."""
         path = self.path / METRICS
         with writing(self.path):
-            if path.exists() and path.stat().st_size > size:
-                os.truncate(path, size)
+            if not path.exists():
+                return 0
+            with path.open("rb") as file:
+                kept = [line for line, _ in zip(file, range(rows), strict=False) if line.endswith(b"\n")]
+            os.truncate(path, sum(map(len, kept)))
+            return len(kept)
 
     def write_recipe(self, text: str) -> None:
         """Write the resolved recipe, atomically and durably."""
