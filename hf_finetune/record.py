@@ -172,7 +172,7 @@ class Record:
         """Write status, wall time and curves when training ends, however it ends."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             self.why = self.why or (str(error).splitlines() or [type(error).__name__])[0]
             with suppress(FinetuneError):  # on a full or vanished disk; what came first is what to tell
                 self._close()

@@ -251,8 +251,9 @@ def _train(
                 watch.reducing.restart()
             if watch.plateau and watch.plateau.exhausted_by(value) and at.phase + 1 < len(setup.plans):
                 at.phase_end = at.step
-            if watch.early:
-                watch.early.exhausted_by(value)
+            if watch.early and watch.early.exhausted_by(value) and at.phase + 1 < len(setup.plans):
+                at.phase_end = at.step  # this phase has given what it can; the next ones have yet to begin
+                watch.early.restart()
             clock = time.monotonic()  # evaluating does not count as training time
         if save_every and at.step % save_every == 0 and at.step < timeline.total_steps and not watch.stops:
             save()
