@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,15 +35,26 @@ Overrides = Annotated[
     ),
 ]
 Output = Annotated[str | None, typer.Option(help="The run folder; default runs/<recipe>-<backbone>-<time>.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, or the newest one.")]
+AllowChanges = Annotated[
+    bool, typer.Option("--allow-changes", help="Resume although something differs that changes the result.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
 @app.command()
 def train(
-    recipe: RecipeArgument, overrides: Overrides = None, output: Output = None, quiet: Quiet = False
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Output = None,
+    resume: Resume = False,
+    allow_changes: AllowChanges = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a recipe in this process; for several, `accelerate launch scripts/train.py --recipe RECIPE`."""
-    run_recipe(recipe, overrides or [], output=output, quiet=quiet)
+    run_recipe(
+        recipe, overrides or [], output=output, resume=resume, allow_changes=allow_changes, quiet=quiet
+    )
 
 
 @app.command()
@@ -168,10 +180,16 @@ def compare(
     compare_arms(arms, output=output, seeds=seeds, quiet=quiet)
 
 
-def run_recipe(recipe: str, overrides: list[str], *, output: str | None, quiet: bool) -> None:
+def run_recipe(
+    recipe: str, overrides: list[str], *, output: str | None, resume: bool, allow_changes: bool, quiet: bool
+) -> None:
     """Load a recipe and run it; what the `train` verb and scripts/train.py share."""
     from hf_finetune.recipe import load_recipe
 
+    run_folder = Path(recipe).parent if Path(recipe).name == "recipe.yaml" else Path(recipe)
+    if resume and _is_run(run_folder):
+        # A run is resumed by its folder, or the recipe in it, as well.
+        recipe, output = str(run_folder / "recipe.yaml"), output or str(run_folder)
     loaded = load_recipe(recipe, overrides)
     if output is not None:
         loaded = loaded.model_copy(update={"output": output})
@@ -181,7 +199,9 @@ def run_recipe(recipe: str, overrides: list[str], *, output: str | None, quiet: 
         check_rights(loaded.hub.repo_id, private=loaded.hub.private)
     from hf_finetune.train import finetune
 
-    run = finetune(loaded, name=loaded.name, quiet=quiet)
+    # Until the loop watches for it, SIGTERM ends the run as SIGINT does: there is nothing to save yet.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run = finetune(loaded, name=loaded.name, quiet=quiet, resume=resume, allow_changes=allow_changes)
     if not quiet and _rank() == 0:
         best = run.best
         found = (
@@ -201,8 +221,8 @@ def main(arguments: list[str] | None = None, *, command: Any = None) -> None:
     """Run the command line; errors we can name end in one short text and their exit code."""
     try:
         (command or typer.main.get_command(app)).main(arguments, prog_name=None, standalone_mode=False)
-    except UserError as error:
-        # Every process finds the same mistake; one says so.
+    except (UserError, Interrupted) as error:
+        # Every process finds the same; one says so.
         _leave(error, error.exit_code, silent=_rank() > 0)
     except FinetuneError as error:
         _leave(error, error.exit_code)
@@ -220,14 +240,22 @@ def train_script() -> None:
         recipe: Annotated[str, typer.Option(help="A recipe file, or a shipped recipe's name.")],
         overrides: Overrides = None,
         output: Output = None,
+        resume: Resume = False,
+        allow_changes: AllowChanges = False,
         quiet: Quiet = False,
     ) -> None:
         """Run a recipe in every process that `accelerate launch` or `torchrun` started."""
-        run_recipe(recipe, overrides or [], output=output, quiet=quiet)
+        run_recipe(
+            recipe, overrides or [], output=output, resume=resume, allow_changes=allow_changes, quiet=quiet
+        )
 
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command()(script)
     main(command=typer.main.get_command(single))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file()
 
 
 def _rank() -> int:

@@ -91,3 +91,10 @@ def check_frozen(model: nn.Module, plan: PhasePlan, before: dict[str, str]) -> N
             f"phase '{plan.name}': {len(moved)} frozen tensors moved, first of all {moved[0]}. "
             "Something outside the optimizer writes to the model; its weights are not what the recipe says."
         )
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Return one hash of every parameter and buffer of a model."""
+    marks = fingerprints(dict(model.named_parameters()) | dict(model.named_buffers()))
+    text = "".join(f"{name}{marks[name]}" for name in sorted(marks))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

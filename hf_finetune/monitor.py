@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -20,6 +20,18 @@ class PatienceSpec(Spec):
     """Evaluations in a row."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """What is no larger does not count as an improvement."""
+
+
+class Waits(Protocol):
+    """Any section with a patience, such as PatienceSpec or a schedule that listens."""
+
+    @property
+    def patience(self) -> int:
+        """Evaluations in a row."""
+
+    @property
+    def min_delta(self) -> float:
+        """What is no larger does not count as an improvement."""
 
 
 class MonitorSpec(Spec):
@@ -54,6 +66,11 @@ class Patience:
             self.best, self.waited = value, 0
         else:
             self.waited += 1
+        return self.exhausted
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last `patience` values brought no improvement."""
         return self.waited >= self.patience
 
     def restart(self) -> None:
@@ -82,3 +99,48 @@ class Best:
 def is_better(value: float, than: float, mode: Mode, min_delta: float = 0.0) -> bool:
     """Return whether `value` improves on `than` by more than `min_delta`; NaN never does."""
     return value > than + min_delta if mode == "max" else value < than - min_delta
+
+
+@dataclass
+class Watch:
+    """What the monitor remembers: the best value, and who waits for an improvement."""
+
+    best: Best
+    early: Patience | None = None
+    """Early stopping."""
+    reducing: Patience | None = None
+    """The schedule's reduction of the rate."""
+    plateau: Patience | None = None
+    """The end of the phase."""
+
+    @classmethod
+    def of(cls, monitor: MonitorSpec, reduce: Waits | None) -> Watch:
+        """Return the watch of a run; `reduce` is the patience of its schedule, if that listens."""
+        assert monitor.mode != "auto"
+        patience = [_patience(monitor.mode, spec) for spec in (monitor.early_stopping, reduce)]
+        return cls(Best(monitor.mode), *patience)
+
+    @property
+    def stops(self) -> bool:
+        """Whether early stopping ends the run here."""
+        return self.early is not None and self.early.exhausted
+
+    def enter_phase(self, patience: PatienceSpec | None) -> None:
+        """Begin a phase: early stopping counts afresh, the phase's own plateau too."""
+        if self.early:
+            self.early.restart()
+        self.plateau = _patience(self.best.mode, patience)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything remembered, as JSON holds it."""
+        return asdict(self)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Remember what `state` says."""
+        self.best = Best(**state["best"])
+        for name in ("early", "reducing", "plateau"):
+            setattr(self, name, Patience(**state[name]) if state[name] else None)
+
+
+def _patience(mode: Mode, spec: Waits | None) -> Patience | None:
+    return Patience(mode, spec.patience, spec.min_delta) if spec else None

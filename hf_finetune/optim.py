@@ -90,7 +90,7 @@ def build_optimizer(
     Raises:
         RecipeError: the name is unknown, its library is absent, or an option does not fit.
     """
-    from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+    from timm.optim import create_optimizer_v2, list_optimizers
 
     known = list_optimizers()
     if spec.name not in known or spec.name in _SECOND_ORDER:
@@ -118,11 +118,21 @@ def build_optimizer(
             momentum=spec.momentum, **options,
         )  # fmt: skip
     except (TypeError, ValueError, ImportError, AssertionError) as error:
-        accepted = inspect.signature(get_optimizer_class(spec.name, bind_defaults=False).__init__).parameters
-        allowed = ", ".join(name for name in accepted if name not in {"self", "params", "lr", "weight_decay"})
         raise RecipeError(
-            f"optimizer: {spec.name} cannot be built with options {options}: {error}. Its options are: {allowed}."
+            f"optimizer: {spec.name} cannot be built with options {options}: {error}.{_accepted(spec.name)}"
         ) from error
+
+
+def _accepted(name: str) -> str:
+    """Return a sentence on an optimizer's options; none where its library is absent."""
+    from timm.optim import get_optimizer_class
+
+    try:
+        accepted = inspect.signature(get_optimizer_class(name, bind_defaults=False).__init__).parameters
+    except (ImportError, AssertionError):
+        return ""
+    allowed = ", ".join(each for each in accepted if each not in {"self", "params", "lr", "weight_decay"})
+    return f" Its options are: {allowed}."
 
 
 def set_rates(

@@ -17,7 +17,7 @@ from hf_finetune.monitor import MonitorSpec
 from hf_finetune.optim import OptimizerSpec
 from hf_finetune.recipe_errors import Place
 from hf_finetune.schedule import SCHEDULES, Cosine, ScheduleSpec
-from hf_finetune.spec import Auto, Spec
+from hf_finetune.spec import Auto, Duration, DurationField, Spec
 from hf_finetune.strategies import STRATEGIES
 from hf_finetune.strategies.base import StrategySpec
 
@@ -35,6 +35,15 @@ class EmaSpec(Spec):
 
     decay: Annotated[float, Field(gt=0, lt=1)] | Auto = "auto"
     """auto = 1 - 10/steps, within [0.9, 0.9999]: the average spans the last tenth of the run."""
+
+
+class CheckpointSpec(Spec):
+    """How often the state is saved that `--resume` continues from, and how much of it stays on disk."""
+
+    every: DurationField = Duration(1, "epochs")
+    """Beside these, a run saves when it ends or is interrupted."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints that stay."""
 
 
 class TrainingSpec(Spec):
@@ -58,6 +67,10 @@ class TrainingSpec(Spec):
     """Keep an average of the weights, which is what is measured and kept; `{}` takes its defaults."""
     gradient_checkpointing: bool = False
     """Compute activations anew in the backward pass instead of keeping them: about a third more time, less memory."""
+    checkpoint: CheckpointSpec | None = CheckpointSpec()
+    """State to resume from; null saves none but that of an interruption."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Wall time after which the run saves its state and stops, to be resumed."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of splits, order, augmentation, dropout and new weights."""
 

@@ -5,27 +5,33 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 from torch import nn
 
+from hf_finetune.checkpoint import Checkpoint
 from hf_finetune.errors import FinetuneError, HubError
 from hf_finetune.evaluation import Evaluation
+from hf_finetune.freeze import weights_fingerprint
 from hf_finetune.hub.artefact import write_artefact
 from hf_finetune.hub.push import commit_message, push_folder
 from hf_finetune.monitor import Best
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import dump_recipe
 from hf_finetune.report.curves import save_curves
-from hf_finetune.runfolder import RunFolder, hardware, read_metrics, read_status, versions
+from hf_finetune.resume import Resumed, find_run, take_over
+from hf_finetune.runfolder import RunFolder, hardware, read_metrics, read_status, versions, writing
 from hf_finetune.setup import Setup
 from hf_finetune.tasks.metrics import default_metric
+
+Status = Literal["running", "done", "failed", "interrupted"]
 
 
 @dataclass
@@ -37,33 +43,66 @@ class Record:
     is_main: bool
     started: float
     """time.monotonic() at the start of the run."""
-    status: str = "failed"
+    status: Status = "failed"
     why: str = ""
+    finished: bool = False
+    """The run to resume is done: nothing is left to do."""
+    checkpoint: Checkpoint | None = None
+    """Where the run goes on; None starts it."""
+    earlier_seconds: float = 0.0
+    """What the run had taken when it was interrupted."""
     accelerator: Accelerator | None = None
     """Set once trackers are running."""
 
     @classmethod
-    def open(cls, setup: Setup, state: PartialState, *, name: str, started: float) -> Record:
-        """Claim the run folder and write down what is about to run; every process learns the folder's name.
+    def open(
+        cls,
+        setup: Setup,
+        state: PartialState,
+        *,
+        name: str,
+        started: float,
+        resume: bool = False,
+        allow_changes: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Record:
+        """Claim the run folder, or with `resume` take over the run in it; every process learns what was found.
 
         Raises:
-            UserError: the folder holds another run.
+            UserError: the folder holds another run, or one that `setup` would not continue as it began.
+            FinetuneError: none of the run's checkpoints is valid.
         """
-        claimed: list[Path | FinetuneError | None] = [None]
+        found: list[tuple[Path, Resumed | None] | FinetuneError | None] = [None]
         if state.is_main_process:
             try:
-                folder = RunFolder.create(setup.recipe.output, name, setup.recipe.backbone.id)
-                claimed = [folder.path]
+                resumed = find_run(setup, name) if resume else None
+                if resumed is None:
+                    folder = RunFolder.create(setup.recipe.output, name, setup.recipe.backbone.id).path
+                    found = [(folder, None)]
+                else:
+                    facts = cls(resumed, setup, True, started)._facts(state)
+                    found = [
+                        (resumed, take_over(resumed, setup, facts, allow_changes=allow_changes, say=say))
+                    ]
             except FinetuneError as error:
-                claimed = [error]  # the other processes must not wait for a folder that never comes
+                found = [error]  # the other processes must not wait for a folder that never comes
         if state.num_processes > 1:
-            broadcast_object_list(claimed)
-        if not isinstance(claimed[0], Path):
-            raise claimed[0] or FinetuneError("the main process could not claim a run folder")
-        record = cls(claimed[0], setup, state.is_main_process, started)
-        if record.is_main:
-            (record.path / "recipe.yaml").write_text(dump_recipe(setup.recipe), encoding="utf-8")
-            record._folder.write_status(**record._facts(state))
+            broadcast_object_list(found)
+        if isinstance(found[0], FinetuneError) or found[0] is None:
+            raise found[0] or FinetuneError("the main process could not claim a run folder")
+        path, taken = found[0]
+        record = cls(path, setup, state.is_main_process, started)
+        if taken is not None:
+            record.finished, record.checkpoint, record.earlier_seconds = (
+                taken.finished,
+                taken.checkpoint,
+                taken.seconds,
+            )
+        if record.is_main and not record.finished:
+            record._folder.write_recipe(dump_recipe(setup.recipe))
+            record._folder.write_status(**record._facts(state), status="running", why="")
+            if record.checkpoint is None:
+                record._folder.write_status(best=None)
         return record
 
     @property
@@ -123,11 +162,9 @@ class Record:
         if not self.is_main:
             return
         old, final = self.path / ".model.old", self.path / "model"
-        if (
-            old.exists() and not final.exists()
-        ):  # stopped between putting the one away and the other in its place
-            old.rename(final)
-        if not final.exists():
+        if old.exists() and not final.exists():
+            old.rename(final)  # stopped between putting the one away and the other in its place
+        if not final.exists() or not read_status(self.path).get("best"):
             self._write_model(model, None)
 
     @contextmanager
@@ -135,41 +172,53 @@ class Record:
         """Write status, wall time and curves when training ends, however it ends."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             self.why = self.why or (str(error).splitlines() or [type(error).__name__])[0]
+            with suppress(FinetuneError):  # on a full or vanished disk; what came first is what to tell
+                self._close()
             raise
+        else:
+            self._close()
         finally:
-            if self.is_main:
-                seconds = time.monotonic() - self.started
-                shutil.rmtree(self.path / ".model.new", ignore_errors=True)  # stopped while writing
-                self._folder.write_status(status=self.status, why=self.why, wall_seconds=round(seconds, 3))
-                rows = read_metrics(self.path)
-                save_curves(
-                    rows, read_status(self.path).get("best"), self.path / "curves.png", title=self.path.name
-                )
-                if (self.path / "model").is_dir():
-                    shutil.copyfile(self.path / "curves.png", self.path / "model" / "curves.png")
             if self.accelerator is not None:
                 for (
                     tracker
                 ) in accelerator.trackers:  # `end_training` would end the other processes' group as well
                     tracker.finish()
 
+    def _close(self) -> None:
+        if not self.is_main:
+            return
+        shutil.rmtree(self.path / ".model.new", ignore_errors=True)  # stopped while writing
+        self._folder.write_status(status=self.status, why=self.why, wall_seconds=round(self._seconds(), 3))
+        rows = read_metrics(self.path)
+        save_curves(rows, read_status(self.path).get("best"), self.path / "curves.png", title=self.path.name)
+        if (self.path / "model").is_dir():
+            with writing(self.path):
+                shutil.copyfile(self.path / "curves.png", self.path / "model" / "curves.png")
+
+    def _seconds(self) -> float:
+        """Return the wall time of the run, that of before an interruption included."""
+        return self.earlier_seconds + time.monotonic() - self.started
+
     def _log(self, step: int, phase: int, row: dict) -> None:
         if self.is_main:
             place = {"step": step, "epoch": self.setup.timeline.epoch(step), "phase": self.setup.plans[phase].name,
-                     "phase_index": phase, "seconds": round(time.monotonic() - self.started, 3)}  # fmt: skip
+                     "phase_index": phase, "seconds": round(self._seconds(), 3)}  # fmt: skip
             self._folder.log(place | row)
 
     def _write_model(self, model: nn.Module, best: dict | None) -> None:
         """Write `model/` aside, then put it in the place of the older one."""
         aside, old, final = (self.path / name for name in (".model.new", ".model.old", "model"))
+        if old.exists() and not final.exists():
+            old.rename(final)  # stopped between the two renames below
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
         write_artefact(aside, replace(self.setup.backbone, model=model), self.setup, best)
-        if final.exists():
-            final.rename(old)
-        aside.rename(final)
+        with writing(self.path):
+            if final.exists():
+                final.rename(old)
+            aside.rename(final)
         shutil.rmtree(old, ignore_errors=True)
 
     def _facts(self, state: PartialState) -> dict:
@@ -182,6 +231,7 @@ class Record:
                 "library": setup.backbone.library,
                 "family": setup.backbone.anatomy.family,
                 "loaded_share": report.share,
+                "fingerprint": weights_fingerprint(setup.backbone.model),
             },
             "data": {
                 "source": setup.splits.report.source,

@@ -30,7 +30,13 @@ Row = dict[str, Any]
 `seconds` and `loss`; training rows add `lr` (group -> rate) and `samples_per_second`, the others `metrics`
 (name -> value)."""
 
-RECIPE, METRICS, STATUS, MODEL = "recipe.yaml", "metrics.jsonl", "run.json", "model"
+RECIPE, METRICS, STATUS, MODEL, CHECKPOINTS = (
+    "recipe.yaml",
+    "metrics.jsonl",
+    "run.json",
+    "model",
+    "checkpoints",
+)
 PREDICTIONS = "predictions.json"
 PACKAGES = (
     "hf-finetune", "torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "peft",
@@ -67,6 +73,31 @@ class RunFolder:
         """Append one row to metrics.jsonl; numbers that are not finite become null."""
         with writing(self.path), (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(_json_text(row) + "\n")
+
+    def sync_metrics(self) -> int:
+        """Bring the rows written so far to the disk for good, and return how many they are."""
+        path = self.path / METRICS
+        with writing(self.path):
+            if not path.exists():
+                return 0
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                return sum(1 for _ in file)
+
+    def cut_metrics(self, rows: int) -> int:
+        """Keep the first `rows` rows, and return how many were there; a last one that is cut short counts as none."""
+        path = self.path / METRICS
+        with writing(self.path):
+            if not path.exists():
+                return 0
+            with path.open("rb") as file:
+                kept = [line for line, _ in zip(file, range(rows), strict=False) if line.endswith(b"\n")]
+            os.truncate(path, sum(map(len, kept)))
+            return len(kept)
+
+    def write_recipe(self, text: str) -> None:
+        """Write the resolved recipe, atomically and durably."""
+        self._replace(RECIPE, text)
 
     def write_status(self, **fields: Any) -> None:
         """Merge `fields` into run.json, atomically and durably."""
@@ -144,6 +175,16 @@ def load_run(path: str | Path) -> Run:
     if missing:
         raise UserError(f"{path}: not a run folder, {' and '.join(missing)} missing.{_nearest_runs(path)}")
     return Run(path, read_status(path), read_metrics(path))
+
+
+def newest_run(recipe_name: str, backbone_name: str) -> Path | None:
+    """Return the newest folder under `runs/` of this recipe and backbone whose run is not done."""
+    stem = f"{_slug(recipe_name)}-{_slug(backbone_name)}-"
+    begun = [
+        path.parent for path in Path("runs").glob(f"{stem}*/{STATUS}") if (path.parent / RECIPE).is_file()
+    ]
+    unfinished = [path for path in begun if _status_or_empty(path).get("status") != "done"]
+    return max(unfinished, key=lambda path: (path / STATUS).stat().st_mtime, default=None)
 
 
 def read_status(path: str | Path) -> dict[str, Any]:
@@ -234,11 +275,24 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
+def _status_or_empty(path: Path) -> dict[str, Any]:
+    """Return run.json, empty when it is damaged."""
+    try:
+        return read_status(path)
+    except UserError:
+        return {}
+
+
 def _given_folder(path: Path) -> Path:
     if path.exists() and not path.is_dir():
         raise UserError(f"output: {path} is a file; a run needs a folder. Give another path.")
     if (path / STATUS).exists():
         raise UserError(_holds_a_run(path))
+    if left := [name for name in (CHECKPOINTS, METRICS, MODEL) if (path / name).exists()]:
+        raise UserError(
+            f"output: {path} holds {' and '.join(left)} of a run, but no {STATUS}. Give another folder, or "
+            f"remove this one first: rm -r {path}"
+        )
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -266,12 +320,9 @@ def _slug(name: str) -> str:
 
 
 def _holds_a_run(path: Path) -> str:
-    try:
-        status = read_status(path)
-    except UserError:
-        status = {}
+    status = _status_or_empty(path)
     state = f" ({status['status']}, started {status.get('started', '?')})" if "status" in status else ""
-    remedy = f"Give another folder, or remove this one first: rm -r {path}"
+    remedy = f"Continue it with --resume, give another folder, or remove this one first: rm -r {path}"
     return f"output: {path} already holds a run{state}. {remedy}"
 
 
@@ -311,6 +362,14 @@ def writing(path: Path) -> Iterator[None]:
             errno.ENOENT: "the run folder is gone. Was it removed while the run was going on?",
         }.get(error.errno or 0, f"{error.strerror or error}.")
         raise FinetuneError(f"cannot write {error.filename or path}: {reason}") from None
+
+
+def os_error(error: Exception, path: Path) -> OSError:
+    """Return the OSError that safetensors tells of in words only: `… (os error 28)`."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return OSError(f"{path.name}: {error}")
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
 
 
 def _json_text(value: Any, indent: int | None = None) -> str:

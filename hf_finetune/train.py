@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object, set_seed
+from accelerate.utils import broadcast, set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from hf_finetune.augment.batch import mix, mixers
-from hf_finetune.data.columns import column_values
 from hf_finetune.data.loaders import iterate_batches
 from hf_finetune.data.targets import soft_targets
 from hf_finetune.errors import Interrupted, TrainingError
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_tensors
 from hf_finetune.models.load import forward, module_groups
-from hf_finetune.monitor import Best, Mode, Patience
+from hf_finetune.monitor import Watch
 from hf_finetune.optim import build_optimizer, set_rates
+from hf_finetune.position import Position, restore, store
 from hf_finetune.progress import Progress
 from hf_finetune.recipe import Recipe
-from hf_finetune.record import Record, start_accelerator
+from hf_finetune.record import Record, Status, start_accelerator
 from hf_finetune.runfolder import Run, load_run
 from hf_finetune.schedule import ReduceOnPlateau
 from hf_finetune.setup import Setup, build_loaders, prepare, process_state
-from hf_finetune.spec import resolved
+from hf_finetune.stopping import asked_to_stop, non_finite, watched_signals
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.timeline import phase_end, rate_multiple
 
@@ -40,50 +36,63 @@ LOGGED_STEPS = 200
 """Training rows a run writes at most, beside the one before each evaluation."""
 
 
-def finetune(recipe: Recipe, *, name: str = "recipe", quiet: bool = False) -> Run:
+def finetune(
+    recipe: Recipe,
+    *,
+    name: str = "recipe",
+    quiet: bool = False,
+    resume: bool = False,
+    allow_changes: bool = False,
+) -> Run:
     """Run `recipe` and return the finished run; under several processes each calls this.
 
     Args:
         recipe: what to do; its `output` is the run folder, null for `runs/<name>-<backbone>-<time>`.
         name: the recipe's name, for the folder.
         quiet: print nothing.
+        resume: continue the run in the folder from its newest valid checkpoint; without a run there, start one.
+        allow_changes: resume although something differs that changes the result.
 
     Raises:
-        UserError: recipe, data or backbone are wrong.
+        UserError: recipe, data or backbone are wrong, or differ from those of the run to resume.
         TrainingError: the loss became non-finite, a frozen tensor moved, or memory ran out.
-        Interrupted: SIGINT or SIGTERM; the run folder is usable.
+        Interrupted: SIGINT, SIGTERM or `training.max_hours`; the run can be resumed.
     """
     started = time.monotonic()
     state = process_state()
     setup = prepare(recipe, world_size=state.num_processes, device=state.device)
-    record = Record.open(setup, state, name=name, started=started)
-    accelerator = start_accelerator(setup, record)
     progress = Progress(
         setup.timeline.total_steps,
         metric=setup.recipe.monitor.metric,
         quiet=quiet,
         is_main=state.is_main_process,
     )
-    with progress, record.closing(accelerator), _sigterm_as_interrupt():
+    record = Record.open(
+        setup, state, name=name, started=started, resume=resume, allow_changes=allow_changes, say=progress.say
+    )
+    if record.finished:
+        progress.say(f"nothing to do: the run in {record.path} is done and the recipe asks for no more steps")
+        return load_run(record.path)
+    accelerator = start_accelerator(setup, record)
+    with watched_signals() as signals, progress, record.closing(accelerator):
         try:
-            record.why = _train(setup, accelerator, record, progress)
-            record.status = "done"
-            record.keep_if_none(setup.backbone.model)  # where every evaluation gave NaN
-        except KeyboardInterrupt:
-            record.status, record.why = "interrupted", "stopped by a signal"
-            record.keep_if_none(setup.backbone.model)
-            raise Interrupted(f"stopped by a signal; what was trained is in {record.path}") from None
+            record.status, record.why = _train(setup, accelerator, record, progress, signals)
+            record.keep_if_none(setup.backbone.model)  # where no evaluation gave a number
         except torch.OutOfMemoryError:
             size = setup.micro_batch_size
             raise TrainingError(
                 f"out of memory at {size} samples per forward pass. Set training.micro_batch_size={max(1, size // 2)}: "
                 "gradients accumulate to the same batch_size, so the result stays the same."
             ) from None
+    if record.status == "interrupted":
+        raise Interrupted(f"{record.why}; the state is saved, `--output {record.path} --resume` continues")
     return load_run(record.path)
 
 
-def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Progress) -> str:
-    """Train, measure and keep the best; return why training ended."""
+def _train(
+    setup: Setup, accelerator: Accelerator, record: Record, progress: Progress, signals: list[str]
+) -> tuple[Status, str]:
+    """Train, measure and keep the best; return how and why training ended."""
     recipe, timeline, splits = setup.recipe, setup.timeline, setup.splits
     training, monitor, kind = recipe.training, recipe.monitor, setup.splits.labels.kind
     base_lr, device, world = float(recipe.optimizer.lr), accelerator.device, accelerator.num_processes
@@ -105,124 +114,161 @@ def _train(setup: Setup, accelerator: Accelerator, record: Record, progress: Pro
     mixing = mixers(setup.augmentations)
     class_weight = torch.tensor(setup.class_weights, device=device) if setup.class_weights else None
 
-    mode: Mode = resolved(monitor.mode)
-    best = Best(mode)
-    early = Patience(mode, **monitor.early_stopping.model_dump()) if monitor.early_stopping else None
     reduce = recipe.schedule if isinstance(recipe.schedule, ReduceOnPlateau) else None
-    reducing = Patience(mode, reduce.patience, reduce.min_delta) if reduce else None
-    reduction = 1.0  # what reduce_on_plateau has brought the rates down to
+    at, watch = Position(), Watch.of(monitor, reduce)
+    if record.checkpoint:
+        restore(record.checkpoint, at, watch, model, optimizer, ema, setup, accelerator)
+    save_every = timeline.steps(training.checkpoint.every) if training.checkpoint else 0
     log_every = max(1, timeline.total_steps // LOGGED_STEPS)
     seen, clock = 0, time.monotonic()  # samples and time since the last training row
-
-    step, index, start, end = 0, -1, 0, 0
+    entered, batches = -1, None  # the phase the model is set up for; the epoch's batches
     still: dict[str, str] = {}  # fingerprints of what is frozen in this phase
-    batches: Iterator[list[dict[str, Any]]] = iter(())
-    while step < timeline.total_steps:
-        if step == end:
-            # A phase begins: other layers learn. DDP hooks the parameters that need gradients when it wraps, so the
+
+    def save() -> None:
+        keep = training.checkpoint.keep if training.checkpoint else 1
+        store(record.path, at, watch, model, optimizer, ema, setup, accelerator, keep=keep)
+
+    def while_evaluating() -> None:
+        progress.doing("evaluating")
+        if world == 1 and signals:  # several processes must come to the same end: they stop after it
+            raise Interrupted(f"stopped by {signals[0]}")
+
+    while at.due or (at.step < timeline.total_steps and not watch.stops):
+        if at.step == at.phase_end and not at.due:
+            at.phase, at.phase_start = at.phase + 1, at.step
+            at.phase_end = phase_end(setup.plans, at.phase, at.step, timeline)
+            watch.enter_phase(setup.plans[at.phase].patience)
+            if len(setup.plans) > 1:
+                named = f"phase {at.phase + 1} of {len(setup.plans)} from step {at.step}"
+                progress.say(f"{named}: {setup.plans[at.phase].name} learns")
+        if entered != at.phase:
+            # Other layers learn from here on. DDP hooks the parameters that need gradients when it wraps, so the
             # model is wrapped anew after `requires_grad` has changed.
-            if index >= 0:
-                check_frozen(model, setup.plans[index], still)
-            index, start = index + 1, step
-            plan, end = setup.plans[index], phase_end(setup.plans, index, step, timeline)
+            if entered >= 0:
+                check_frozen(model, setup.plans[entered], still)
+            entered, plan = at.phase, setup.plans[at.phase]
             scope.apply(plan, setup.backbone.anatomy, groups_of_modules)
             still = fingerprints(frozen_tensors(model, plan))
             wrapped = _wrap(accelerator, model)
-            plateau = Patience(mode, **plan.patience.model_dump()) if plan.patience else None
-            if early:
-                early.restart()
-            if len(setup.plans) > 1:
-                progress.say(f"phase {index + 1} of {len(setup.plans)} from step {step}: {plan.name} learns")
 
-        epoch, batch_index = divmod(step, timeline.steps_per_epoch)
-        if batch_index == 0:
-            batches = iterate_batches(loader, epoch)
-        multiple = reduction * rate_multiple(recipe, timeline, step, start, end)
-        rates = set_rates(optimizer.optimizer, setup.groups, phase=index, base_lr=base_lr, multiple=multiple)
-
-        micro_batches = next(batches)
-        batch_size = micro_batches[0]["batch_size"]  # over all processes
-        loss, answers = torch.zeros((), device=device), []
-        for number, batch in enumerate(micro_batches, 1):
-            inputs, targets = (
-                to_device(batch["inputs"], device),
-                batch["labels"].to(device, non_blocking=True),
+        if not at.due:
+            epoch, batch_index = divmod(at.step, timeline.steps_per_epoch)
+            if batches is None or batch_index == 0:
+                batches = iterate_batches(loader, epoch, batch_index)
+            multiple = at.reduction * rate_multiple(recipe, timeline, at.step, at.phase_start, at.phase_end)
+            rates = set_rates(
+                optimizer.optimizer, setup.groups, phase=at.phase, base_lr=base_lr, multiple=multiple
             )
-            if mixing:
-                inputs["pixel_values"], targets = mix(
-                    inputs["pixel_values"], soft_targets(targets, splits.labels), batch["indices"].tolist(),
-                    mixing=mixing, seed=training.seed, epoch=epoch,
-                )  # fmt: skip
-            with nullcontext() if number == len(micro_batches) else accelerator.no_sync(wrapped):
-                with accelerator.autocast():
-                    logits = forward(wrapped, inputs)
-                losses = sample_losses(
-                    kind,
-                    logits,
-                    targets,
-                    class_weights=class_weight,
-                    label_smoothing=training.label_smoothing,
+            micro_batches = next(batches)
+            batch_size = micro_batches[0]["batch_size"]  # over all processes
+            loss, answers = torch.zeros((), device=device), []
+            for number, batch in enumerate(micro_batches, 1):
+                inputs = to_device(batch["inputs"], device)
+                targets = batch["labels"].to(device, non_blocking=True)
+                if mixing:
+                    inputs["pixel_values"], targets = mix(
+                        inputs["pixel_values"],
+                        soft_targets(targets, splits.labels),
+                        batch["indices"].tolist(),
+                        mixing=mixing,
+                        seed=training.seed,
+                        epoch=epoch,
+                    )
+                with nullcontext() if number == len(micro_batches) else accelerator.no_sync(wrapped):
+                    with accelerator.autocast():
+                        logits = forward(wrapped, inputs)
+                    losses = sample_losses(
+                        kind,
+                        logits,
+                        targets,
+                        class_weights=class_weight,
+                        label_smoothing=training.label_smoothing,
+                    )
+                    # Summed over samples and divided by the whole batch: short batches and uneven shares weigh
+                    # right. DDP averages over processes, hence the factor.
+                    share = (losses * batch["weights"].to(device)).sum() / batch_size
+                    penalty = adapter.penalty() if adapter and number == len(micro_batches) else 0.0
+                    accelerator.backward(share * world + penalty)
+                loss += share.detach()
+                answers.append((batch["indices"], losses.detach()))
+            loss_value = accelerator.reduce(loss, "sum").item()
+            if not math.isfinite(loss_value):
+                what = f"the loss is {loss_value}"
+                raise TrainingError(non_finite(what, at.step, epoch, answers, record, watch.best))
+            if training.clip_norm is not None:
+                norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
+                if training.precision != "fp16" and not math.isfinite(norm):
+                    what = f"the gradient norm is {norm}"
+                    raise TrainingError(non_finite(what, at.step, epoch, answers, record, watch.best))
+            optimizer.step()
+            if adapter:
+                adapter.after_step(at.step + 1)
+            optimizer.zero_grad()
+            if ema:
+                ema.update(model)
+            at.step, seen, speed = at.step + 1, seen + batch_size, None
+            at.due = at.step % timeline.evaluate_every == 0 or at.step == timeline.total_steps
+            if at.due or at.step == 1 or at.step % log_every == 0:
+                speed, seen, clock = seen / (time.monotonic() - clock), 0, time.monotonic()
+                record.log_training(at.step, at.phase, loss_value, rates, speed)
+            progress.step(
+                step=at.step,
+                epoch=timeline.epoch(at.step),
+                phase=plan.name,
+                loss=loss_value,
+                lrs=rates,
+                samples_per_second=speed,
+            )
+        if why := asked_to_stop(signals, training.max_hours, record.started, accelerator):
+            save()
+            return "interrupted", why
+        if at.due:
+            if world > 1:
+                _share_buffers(measured)
+            try:
+                result = evaluate(
+                    measured,
+                    validation,
+                    splits.labels,
+                    record.metrics,
+                    accelerator,
+                    on_batch=while_evaluating,
                 )
-                # Summed over samples and divided by the whole batch: short batches and uneven shares weigh right.
-                # DDP averages over processes, hence the factor.
-                share = (losses * batch["weights"].to(device)).sum() / batch_size
-                penalty = adapter.penalty() if adapter and number == len(micro_batches) else 0.0
-                accelerator.backward(share * world + penalty)
-            loss += share.detach()
-            answers.append((batch["indices"], losses.detach()))
-        loss_value = accelerator.reduce(loss, "sum").item()
-        if not math.isfinite(loss_value):
-            raise TrainingError(_non_finite(f"the loss is {loss_value}", step, epoch, answers, record, best))
-        if training.clip_norm is not None:
-            norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
-            if training.precision != "fp16" and not math.isfinite(norm):
-                raise TrainingError(
-                    _non_finite(f"the gradient norm is {norm}", step, epoch, answers, record, best)
-                )
-        optimizer.step()
-        if adapter:
-            adapter.after_step(step + 1)
-        optimizer.zero_grad()
-        if ema:
-            ema.update(model)
-        step, seen = step + 1, seen + batch_size
-        epochs, speed = timeline.epoch(step), None
-        due = step % timeline.evaluate_every == 0 or step == timeline.total_steps
-        if due or step == 1 or step % log_every == 0:
-            speed, seen, clock = seen / (time.monotonic() - clock), 0, time.monotonic()
-            record.log_training(step, index, loss_value, rates, speed)
-        progress.step(
-            step=step, epoch=epochs, phase=plan.name, loss=loss_value, lrs=rates, samples_per_second=speed
-        )
-        if not due:
-            continue
-
-        if world > 1:
-            _share_buffers(measured)
-        result = evaluate(
-            measured, validation, splits.labels, record.metrics, accelerator,
-            on_batch=lambda: progress.doing("evaluating"),
-        )  # fmt: skip
-        value = result.value(monitor.metric)
-        is_best = best.update(value, step=step, epoch=epochs, metrics=result.metrics)
-        record.log_evaluation(step, index, "validation", result)
-        progress.evaluated(step=step, epoch=epochs, loss=result.loss, metrics=result.metrics, is_best=is_best)
-        if is_best:
-            record.keep(measured, best, result)
-        clock = time.monotonic()  # evaluating does not count as training time
-        if reduce and reducing and reducing.exhausted_by(value):
-            reduction = max(reduce.floor, reduction * reduce.factor)
-            reducing.restart()
-        if plateau and plateau.exhausted_by(value) and index + 1 < len(setup.plans):
-            end = step
-        if early and early.exhausted_by(value):
-            if index + 1 < len(setup.plans):
-                end = step  # this phase has given what it can; the next ones have yet to begin
-                continue
-            check_frozen(model, plan, still)
-            return f"no better {monitor.metric} in {early.patience} evaluations"
-    check_frozen(model, plan, still)
-    return "all steps done"
+            except Interrupted as stopped:  # the evaluation stays due
+                save()
+                return "interrupted", str(stopped)
+            at.due, value = False, result.value(monitor.metric)
+            is_best = watch.best.update(
+                value, step=at.step, epoch=timeline.epoch(at.step), metrics=result.metrics
+            )
+            record.log_evaluation(at.step, at.phase, "validation", result)
+            progress.evaluated(
+                step=at.step,
+                epoch=timeline.epoch(at.step),
+                loss=result.loss,
+                metrics=result.metrics,
+                is_best=is_best,
+            )
+            if is_best:
+                record.keep(measured, watch.best, result)
+            if reduce and watch.reducing and watch.reducing.exhausted_by(value):
+                at.reduction = max(reduce.floor, at.reduction * reduce.factor)
+                watch.reducing.restart()
+            if watch.plateau and watch.plateau.exhausted_by(value) and at.phase + 1 < len(setup.plans):
+                at.phase_end = at.step
+            if watch.early and watch.early.exhausted_by(value) and at.phase + 1 < len(setup.plans):
+                at.phase_end = at.step  # this phase has given what it can; the next ones have yet to begin
+                watch.early.restart()
+            clock = time.monotonic()  # evaluating does not count as training time
+        if save_every and at.step % save_every == 0 and at.step < timeline.total_steps and not watch.stops:
+            save()
+    if entered >= 0:
+        check_frozen(model, setup.plans[entered], still)
+    if training.checkpoint:
+        save()
+    if watch.early and watch.stops:
+        return "done", f"no better {monitor.metric} in {watch.early.patience} evaluations"
+    return "done", "all steps done"
 
 
 def _wrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -236,50 +282,3 @@ def _share_buffers(model: nn.Module) -> None:
     """Give every process the main one's buffers, as kept with the model: each has statistics of its own share."""
     for buffer in model.buffers():
         broadcast(buffer)
-
-
-def _non_finite(
-    what: str,
-    step: int,
-    epoch: int,
-    answers: list[tuple[torch.Tensor, torch.Tensor]],
-    record: Record,
-    best: Best,
-) -> str:
-    """Return the text of the error that stops a run at its first non-finite number; every process calls this.
-
-    `answers` holds (indices, losses) of each micro-batch. All samples are named when no loss tells which is to blame.
-    """
-    indices, losses = (torch.cat([part.cpu() for part in parts]) for parts in zip(*answers, strict=True))
-    mine = [(int(index), bool(finite)) for index, finite in zip(indices, torch.isfinite(losses), strict=True)]
-    batch = set(gather_object(mine))
-    guilty = {index for index, finite in batch if not finite} or {index for index, _ in batch}
-    numbers = column_values(record.setup.splits.train, "row")  # as the data's own file counts
-    rows = sorted(int(numbers[index]) for index in guilty)
-    named = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
-    kept = (
-        f"The best model so far (step {best.step}) is in {record.path / 'model'}."
-        if best.value is not None
-        else ""
-    )
-    return (
-        f"step {step + 1}, epoch {epoch + 1}: {what}, in rows {named} of train (the first is 0). "
-        f"Look at these samples, lower optimizer.lr, or train in precision: fp32. {kept}"
-    ).rstrip()
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let a scheduler's SIGTERM end the run as Ctrl-C does, where this process may handle signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

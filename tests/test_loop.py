@@ -431,37 +431,28 @@ def test_a_signal_leaves_a_usable_folder(name: str, step: int, measured: bool, t
     )
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
-    assert f"error: stopped by a signal; what was trained is in {tmp_path / 'run'}" in done.stderr
+    assert f"error: stopped by {name}; the state is saved, `--output {tmp_path / 'run'} --resume` continues" in done.stderr
     run = load_run(tmp_path / "run")
-    assert (run.status["status"], run.status["why"]) == ("interrupted", "stopped by a signal")
+    assert (run.status["status"], run.status["why"]) == ("interrupted", f"stopped by {name}")
     assert (run.best is not None) == measured
     assert load_trained(str(run.path)).backbone.report.share == 1
     assert (run.path / "curves.png").stat().st_size > 0
     assert not list(run.path.glob(".model*"))
 
 
-def test_an_interrupt_while_the_best_is_put_in_its_place_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_while_the_best_is_put_in_its_place_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The moment between putting the old model away and the new one in its place."""
     real, renames = Path.rename, []
 
     def stopping(self: Path, target: Path) -> Path:
-        if self.name == ".model.new" and renames.count(self.name) == 1:
-            renames.append("stop")
-            raise KeyboardInterrupt
         renames.append(self.name)
+        if renames.count(".model.new") == 2 and self.name == ".model.new":
+            os.kill(os.getpid(), signal.SIGINT)
         return real(self, target)
 
     monkeypatch.setattr(Path, "rename", stopping)
     with pytest.raises(Interrupted):
-        runs.run(
-            "vit",
-            tmp_path / "run",
-            strategy="full",
-            monitor=EVERY | {"metric": "loss"},
-            training={"steps": 8},
-        )
+        runs.run("vit", tmp_path / "run", strategy="full", monitor=EVERY | {"metric": "loss"}, training={"steps": 8})
     run = load_run(tmp_path / "run")
     assert run.best is not None
     assert evaluate_model(str(run.path), []).loss == run.best["value"]

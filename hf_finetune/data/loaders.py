@@ -8,6 +8,8 @@ process in step.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -268,12 +270,23 @@ def _options(dataset: EvalSet, workers: int, pin_memory: bool) -> dict[str, Any]
         "persistent_workers": workers > 0,
         # an iterator draws a seed for its workers: from here, so that reading data leaves torch's own generator alone
         "generator": torch.Generator(),
-        "worker_init_fn": _one_thread,
+        "worker_init_fn": _start_worker,
         "pin_memory": pin_memory,
     }
 
 
-def _one_thread(worker: int) -> None:
-    """Keep a worker to one thread: the others are its siblings'."""
+def _start_worker(worker: int) -> None:
+    """Keep a worker to one thread, the others are its siblings', and let it end when its process says so only."""
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # A terminal or a cluster signals workers too. Their process decides: it may still need them for the last step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_finetune.errors import FinetuneError
+from safetensors import SafetensorError
+
+from hf_finetune.data.labels import Labels
 from hf_finetune.hub.card import model_card
 from hf_finetune.models.load import Backbone, save_backbone
 from hf_finetune.recipe import dump_recipe
+from hf_finetune.runfolder import os_error, writing
 
 if TYPE_CHECKING:
     from hf_finetune.setup import Setup
@@ -23,19 +26,24 @@ def write_artefact(folder: Path, backbone: Backbone, setup: Setup, best: dict[st
     Raises:
         FinetuneError: the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True)
-        labels = setup.splits.labels
-        if backbone.adapter is None:
-            save_backbone(backbone, folder, labels)
-        else:
-            from hf_finetune.models.adapters import merged, save_adapter
-
-            if backbone.adapter.spec.merge:
-                save_backbone(merged(backbone), folder, labels)
-            else:
-                save_adapter(backbone, folder, labels)
+    with writing(folder):
+        folder.mkdir()
+        try:
+            _save_model(backbone, folder, setup.splits.labels)
+        except SafetensorError as error:
+            raise os_error(error, folder) from error
         (folder / "recipe.yaml").write_text(dump_recipe(setup.recipe), encoding="utf-8")
         (folder / "README.md").write_text(model_card(setup, best), encoding="utf-8")
-    except OSError as error:
-        raise FinetuneError(f"{folder}: the model could not be written: {error.strerror or error}") from error
+
+
+def _save_model(backbone: Backbone, folder: Path, labels: Labels) -> None:
+    """Write the model in its own library's format, or as a peft adapter of its base."""
+    if backbone.adapter is None:
+        save_backbone(backbone, folder, labels)
+        return
+    from hf_finetune.models.adapters import merged, save_adapter
+
+    if backbone.adapter.spec.merge:
+        save_backbone(merged(backbone), folder, labels)
+    else:
+        save_adapter(backbone, folder, labels)

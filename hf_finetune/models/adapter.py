@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,10 @@ class Target:
     """Of its weight."""
     size: int
     """Elements of its adapter."""
+
+
+# Where AdaLoRA's rank allocator keeps the importance of each singular value, and its running averages.
+_MEMORIES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 @dataclass
@@ -87,6 +92,24 @@ class Adapter:
         last = self.config.total_step - self.config.tfinal
         if step < last or (step == last and allocator.ipt) or (step > last and self.config.rank_pattern):
             self.shell.base_model.update_and_allocate(step)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what the method remembers from step to step, tensors and plain values, for a checkpoint."""
+        allocator = getattr(self.shell.base_model, "rankallocator", None)
+        if allocator is None:
+            return {}, {}
+        tensors = {f"{each}//{name}": t for each in _MEMORIES for name, t in getattr(allocator, each).items()}
+        return tensors, {"rank_pattern": self.config.rank_pattern}
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Put back what `state` returned."""
+        allocator = getattr(self.shell.base_model, "rankallocator", None)
+        if allocator is None:
+            return
+        for place, tensor in tensors.items():
+            each, name = place.split("//")
+            getattr(allocator, each)[name] = tensor
+        self.config.rank_pattern = plain["rank_pattern"]
 
     def facts(self) -> dict[str, Any]:
         """Return what a run records about its adapters."""

@@ -1,0 +1,151 @@
+"""Where a run stands, and how that is stored and restored, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+
+from hf_finetune.checkpoint import (
+    Checkpoint,
+    model_tensors,
+    pack_optimizer,
+    random_state,
+    restore_model,
+    restore_random_state,
+    save_checkpoint,
+    unpack_optimizer,
+)
+from hf_finetune.errors import FinetuneError, UserError
+from hf_finetune.monitor import Watch
+from hf_finetune.runfolder import CHECKPOINTS, RunFolder
+
+if TYPE_CHECKING:
+    from accelerate.optimizer import AcceleratedOptimizer
+    from timm.utils import ModelEmaV3
+
+    from hf_finetune.setup import Setup
+
+
+@dataclass
+class Position:
+    """All that the loop decides by, beside the monitor's memory."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    phase: int = -1
+    phase_start: int = 0
+    phase_end: int = 0
+    """Step at which the phase ends at the latest."""
+    reduction: float = 1.0
+    """What reduce_on_plateau has brought the rates down to."""
+    due: bool = False
+    """An evaluation of this step is still to come."""
+
+
+def store(
+    run: Path,
+    at: Position,
+    watch: Watch,
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    ema: ModelEmaV3 | None,
+    setup: Setup,
+    accelerator: Accelerator,
+    *,
+    keep: int,
+) -> None:
+    """Write a checkpoint of everything that `restore` puts back; every process calls this.
+
+    Raises:
+        FinetuneError: it cannot be written; earlier checkpoints are as they were.
+    """
+    randomness = gather_object([random_state()])
+    failed: list[FinetuneError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            _store(run, at, watch, model, optimizer, ema, setup, accelerator, randomness, keep)
+        except FinetuneError as error:
+            failed = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(failed)  # the others must not wait for a process that has left
+    if failed[0]:
+        raise failed[0]
+
+
+def _store(
+    run: Path,
+    at: Position,
+    watch: Watch,
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    ema: ModelEmaV3 | None,
+    setup: Setup,
+    accelerator: Accelerator,
+    randomness: list[dict[str, Any]],
+    keep: int,
+) -> None:
+    names = _names(setup)
+    tensors, plan = pack_optimizer(optimizer.optimizer, names)
+    parts = {"model": model_tensors(model, frozenset(names)), "optimizer": tensors}
+    if ema:
+        parts["ema"] = model_tensors(ema.module, frozenset(names))
+    adapter = setup.backbone.adapter
+    parts["adapter"], rearranged = adapter.state() if adapter else ({}, {})
+    state = {
+        "position": asdict(at),
+        "adapter": rearranged,
+        "watch": watch.state(),
+        "optimizer": plan,
+        "randomness": randomness,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        "rows": RunFolder(run).sync_metrics(),
+        "total_steps": setup.timeline.total_steps,
+    }
+    save_checkpoint(run / CHECKPOINTS, at.step, parts, state, keep=keep)
+
+
+def restore(
+    checkpoint: Checkpoint,
+    at: Position,
+    watch: Watch,
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    ema: ModelEmaV3 | None,
+    setup: Setup,
+    accelerator: Accelerator,
+) -> None:
+    """Put a run where `store` found it.
+
+    Raises:
+        UserError: the checkpoint is of another model, optimizer or strategy.
+    """
+    state = checkpoint.state
+    if state["position"]["phase"] >= len(setup.plans):
+        raise UserError(
+            f"resume: the checkpoint stands in phase {state['position']['phase'] + 1}, the recipe has "
+            f"{len(setup.plans)}. Start another run with another --output."
+        )
+    for name, value in state["position"].items():
+        setattr(at, name, value)
+    watch.load(state["watch"])
+    restore_model(model, checkpoint.tensors("model"))
+    unpack_optimizer(optimizer.optimizer, _names(setup), checkpoint.tensors("optimizer"), state["optimizer"])
+    if ema:
+        restore_model(ema.module, checkpoint.tensors("ema"))
+    if setup.backbone.adapter:
+        setup.backbone.adapter.restore(checkpoint.tensors("adapter"), state["adapter"])
+    if accelerator.scaler and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    # Of a run that is resumed with more processes on purpose, those without a state of their own keep their seed's.
+    if accelerator.process_index < len(state["randomness"]):
+        restore_random_state(state["randomness"][accelerator.process_index])
+
+
+def _names(setup: Setup) -> list[str]:
+    """Return the optimizer's parameters in the order of its groups."""
+    return [name for group in setup.groups for name in group.parameters]
