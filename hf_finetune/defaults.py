@@ -99,7 +99,7 @@ STARTS: dict[str, dict[Family, Start]] = {
         "text": Start(1e-3, 0.0),
     },
     "lora": {
-        "cnn": Start(3e-3, 1e-4),
+        "cnn": Start(3e-3, 1e-4, backbone=0.3),
         "vit": Start(1e-3, 1e-4),
         "text": Start(5e-4, 0.01),
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -11,13 +12,13 @@ from typing import Any
 
 import peft
 import pytest
-import runs
 import timm
-import tiny
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import runs
+import tiny
 from hf_finetune.data.labels import Labels
 from hf_finetune.errors import ModelError, RecipeError
 from hf_finetune.explain import explain_recipe
@@ -47,7 +48,9 @@ LABELS = Labels("single", ("a", "b", "c"))
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b""))
+    monkeypatch.setattr(
+        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
+    )
 
 
 @cache
@@ -73,7 +76,9 @@ def logits(backbone: Backbone, modality: str) -> torch.Tensor:
         return forward(backbone.model.eval(), tiny.batch(modality))
 
 
-def learn(backbone: Backbone, modality: str, *, steps: int = 8, names: set[str] | None = None) -> torch.Tensor:
+def learn(
+    backbone: Backbone, modality: str, *, steps: int = 8, names: set[str] | None = None
+) -> torch.Tensor:
     """Train adapters and head (or `names`) for a few steps, statistics of BatchNorm included; return the logits."""
     assert backbone.adapter is not None
     names = names or {p.name for p in backbone.anatomy.trainable if p.is_adapter or p.group == HEAD}
@@ -104,7 +109,9 @@ def test_lora_reaches_the_blocks_of_every_family_and_every_adapter_learns(name: 
         for p in backbone.anatomy.parameters:
             if p.group == HEAD and len(p.shape) > 1:
                 backbone.model.get_parameter(p.name).normal_(std=0.1)
-    before = {p.name: backbone.model.get_parameter(p.name).detach().clone() for p in backbone.anatomy.trainable}
+    before = {
+        p.name: backbone.model.get_parameter(p.name).detach().clone() for p in backbone.anatomy.trainable
+    }
     learn(backbone, modality, steps=2)
     after = dict(backbone.model.named_parameters())
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -161,7 +168,9 @@ def test_an_architecture_that_looks_into_its_layers_cannot_have_adapters() -> No
 
 
 def test_a_layer_whose_weight_is_read_but_not_called_is_left_out() -> None:
-    model = timm.create_model("beit_base_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=32, num_heads=2)
+    model = timm.create_model(
+        "beit_base_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=32, num_heads=2
+    )
     folder = Path(runs._ROOT.name) / "beit"
     timm.models.save_for_hf(
         model, folder, safe_serialization=True,
@@ -229,7 +238,9 @@ def test_peft_alone_loads_it(case: str, tmp_path: Path) -> None:
     modality = FAMILIES[family]
     backbone = adapted(family, modality, method="lora")
     everything = {p.name for p in backbone.anatomy.trainable if p.is_adapter or p.group in (HEAD, "block.1")}
-    expected = learn(backbone, modality, names=everything)  # one block in full, BatchNorm statistics everywhere
+    expected = learn(
+        backbone, modality, names=everything
+    )  # one block in full, BatchNorm statistics everywhere
     save_adapter(backbone, tmp_path / "adapter", LABELS)
     torch.save((tiny.batch(modality), expected), tmp_path / "expected.pt")
     script = (
@@ -249,7 +260,9 @@ def test_the_file_holds_what_moved_and_no_more(tmp_path: Path) -> None:
     learn(backbone, "image")
     save_adapter(backbone, tmp_path, LABELS)
     others = {name for name in load_file(tmp_path / "adapter_model.safetensors") if "lora_" not in name}
-    assert others == {f"base_model.model.{layer}.{kind}" for layer in ("norm", "head") for kind in ("weight", "bias")}
+    assert others == {
+        f"base_model.model.{layer}.{kind}" for layer in ("norm", "head") for kind in ("weight", "bias")
+    }
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["head"]
     assert config["base_model_name_or_path"] == runs.backbone("vit")
@@ -285,7 +298,9 @@ def test_a_run_of_every_method(method: str, family: str, tmp_path: Path) -> None
     result = evaluate_model(str(run.path), [])
     assert result.loss == pytest.approx(run.best["loss"], abs=1e-6)  # type: ignore[index]
     assert evaluate_model(str(run.model_folder), []).loss == pytest.approx(result.loss, abs=1e-7)
-    assert "auto" not in run.recipe_path.read_text().replace("validation: auto", "").replace("max_length: auto", "")
+    assert "auto" not in run.recipe_path.read_text().replace("validation: auto", "").replace(
+        "max_length: auto", ""
+    )
 
 
 ERRORS = {
@@ -309,7 +324,10 @@ def test_a_method_that_cannot_says_which_can(method: str, family: str, tmp_path:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"name": "peft", "method": "lorra"}, "has no adapters 'lorra'. Did you mean 'lora'?"),
-    "option": ({"name": "lora", "options": {"lora_alhpa": 3}}, "LORA has no option 'lora_alhpa'. Did you mean 'lora_alpha'?"),
+    "option": (
+        {"name": "lora", "options": {"lora_alhpa": 3}},
+        "LORA has no option 'lora_alhpa'. Did you mean 'lora_alpha'?",
+    ),
     "ours": ({"name": "lora", "options": {"target_modules": ["x"]}}, "LORA has no option 'target_modules'"),
     "regex": ({"name": "lora", "targets": "nothing"}, "'nothing' finds no layer in the blocks of"),
     "value": ({"name": "lora", "options": {"init_lora_weights": "wild"}}, "peft"),
@@ -326,7 +344,11 @@ def test_what_is_wrong_is_said(case: str, tmp_path: Path) -> None:
 
 
 def test_keys_that_a_method_has_not_are_refused() -> None:
-    for section in ({"name": "ia3", "r": 4}, {"name": "vera", "alpha": 4.0}, {"name": "lora", "targets": "("}):
+    for section in (
+        {"name": "ia3", "r": 4},
+        {"name": "vera", "alpha": 4.0},
+        {"name": "lora", "targets": "("},
+    ):
         with pytest.raises(RecipeError):
             parse_recipe({"strategy": section})
     for name in {*METHODS, "peft"}:
@@ -335,7 +357,11 @@ def test_keys_that_a_method_has_not_are_refused() -> None:
 
 
 def test_any_method_of_peft(tmp_path: Path) -> None:
-    run = runs.run("vit", tmp_path / "run", strategy={"name": "peft", "method": "hra", "r": 4, "options": {"apply_GS": True}})
+    run = runs.run(
+        "vit",
+        tmp_path / "run",
+        strategy={"name": "peft", "method": "hra", "r": 4, "options": {"apply_GS": True}},
+    )
     assert run.status["adapter"]["peft_type"] == "HRA"
     assert evaluate_model(str(run.path), []).loss == pytest.approx(run.best["loss"], abs=1e-6)  # type: ignore[index]
 
@@ -357,21 +383,35 @@ def test_head_first_then_adapters_then_a_block(tmp_path: Path) -> None:
 
 
 def test_probe_trains_the_head_alone_first(tmp_path: Path) -> None:
-    setup = prepare(runs.recipe("vit", strategy={"name": "dora", "probe": "50%"}), world_size=1, device=torch.device("cpu"))
+    setup = prepare(
+        runs.recipe("vit", strategy={"name": "dora", "probe": "50%"}),
+        world_size=1,
+        device=torch.device("cpu"),
+    )
     assert [plan.name for plan in setup.plans] == ["head", "adapters + head"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_runs_are_plain_models(family: str, tmp_path: Path) -> None:
-    run = runs.run(family, tmp_path / "run", strategy={"name": "lora", "merge": True}, training={"ema": {"decay": 0.5}})
+    run = runs.run(
+        family, tmp_path / "run", strategy={"name": "lora", "merge": True}, training={"ema": {"decay": 0.5}}
+    )
     assert not (run.model_folder / "adapter_config.json").exists()
-    assert load_trained(str(run.path)).backbone.model.state_dict().keys() == runs.start(run).model.state_dict().keys()
+    assert (
+        load_trained(str(run.path)).backbone.model.state_dict().keys()
+        == runs.start(run).model.state_dict().keys()
+    )
     assert evaluate_model(str(run.path), []).loss == pytest.approx(run.best["loss"], abs=1e-5)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_average_of_weights_is_saved_too(family: str, tmp_path: Path) -> None:
-    run = runs.run(family, tmp_path / "run", strategy={"name": "adalora", "r": 2}, training={"ema": {"decay": 0.5}, "steps": 8})
+    run = runs.run(
+        family,
+        tmp_path / "run",
+        strategy={"name": "adalora", "r": 2},
+        training={"ema": {"decay": 0.5}, "steps": 8},
+    )
     assert evaluate_model(str(run.path), []).loss == pytest.approx(run.best["loss"], abs=1e-6)  # type: ignore[index]
 
 
@@ -397,7 +437,9 @@ def test_adalora_keeps_its_vectors_orthogonal() -> None:
 
 
 def test_lora_plus_rates_its_second_matrix_and_leaves_the_head_alone() -> None:
-    recipe = runs.recipe("vit", strategy={"name": "lora_plus", "adapter_lr": 1e-3, "ratio": 16}, optimizer={"lr": 5e-3})
+    recipe = runs.recipe(
+        "vit", strategy={"name": "lora_plus", "adapter_lr": 1e-3, "ratio": 16}, optimizer={"lr": 5e-3}
+    )
     setup = prepare(recipe, world_size=1, device=torch.device("cpu"))
     rates = {name: 5e-3 * multiple for name, multiple in setup.plans[0].multiples.items()}
     for parameter in setup.backbone.anatomy.trainable:
@@ -411,7 +453,9 @@ def test_lora_plus_rates_its_second_matrix_and_leaves_the_head_alone() -> None:
 def test_ranks_and_alphas_by_pattern() -> None:
     spec = {"rank_pattern": {"qkv": 2, r"blocks\.1\.mlp\..*": 5}, "alpha_pattern": {"proj": 3.0}}
     layers = dict(adapted("vit", "image", method="lora", r=4, **spec).model.named_modules())
-    ranks = {name: layers[f"blocks.{name}"].r["default"] for name in ("0.attn.qkv", "0.attn.proj", "1.mlp.fc1")}
+    ranks = {
+        name: layers[f"blocks.{name}"].r["default"] for name in ("0.attn.qkv", "0.attn.proj", "1.mlp.fc1")
+    }
     assert ranks == {"0.attn.qkv": 2, "0.attn.proj": 4, "1.mlp.fc1": 5}
     assert layers["blocks.0.attn.proj"].scaling["default"] == 0.75
 
@@ -419,8 +463,12 @@ def test_ranks_and_alphas_by_pattern() -> None:
 def test_decay_is_for_matrices() -> None:
     for method in ("ia3", "dora", "vera", "adalora"):
         anatomy = adapted("vit", "image", method=method).anatomy
-        decays = {p.name.split(".")[4].removesuffix("_vector"): p.decays for p in anatomy.parameters if p.is_adapter}
-        assert not any(decays.get(name) for name in ("ia3_l", "lora_magnitude", "vera_lambda_b", "lora_E")), decays
+        decays = {
+            p.name.split(".")[4].removesuffix("_vector"): p.decays for p in anatomy.parameters if p.is_adapter
+        }
+        assert not any(decays.get(name) for name in ("ia3_l", "lora_magnitude", "vera_lambda_b", "lora_E")), (
+            decays
+        )
         fixed = {p.name.rpartition(".")[0].rpartition(".")[2] for p in anatomy.parameters if p.is_fixed}
         assert fixed == ({"ranknum"} if method == "adalora" else set())
 
@@ -434,9 +482,15 @@ def test_explain_lists_the_layers(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "Adapters: lora in 8 layers, 4.1 k parameters" in shown
     assert "blocks.*.attn.qkv linear 96 x 32 2" in shown
     explain_recipe(
-        parse_recipe({"strategy": "lora", "backbone": str(folder_of("timm mobilenetv2")), "data": runs.images()}), tmp_path
+        parse_recipe(
+            {"strategy": "lora", "backbone": str(folder_of("timm mobilenetv2")), "data": runs.images()}
+        ),
+        tmp_path,
     )
-    assert "left out, depthwise: an adapter would be larger than the layer: blocks.*.*.conv_dw" in capsys.readouterr().out
+    assert (
+        "left out, depthwise: an adapter would be larger than the layer: blocks.*.*.conv_dw"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_card_says_it_is_an_adapter(tmp_path: Path) -> None:
@@ -464,10 +518,13 @@ def test_an_adapter_is_no_backbone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("strategy", ["lora", "full"])
-def test_gradient_checkpointing_changes_memory_not_results(family: str, strategy: str, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_memory_not_results(
+    family: str, strategy: str, tmp_path: Path
+) -> None:
     name = "bert-dry" if family == "bert" else family
     both = [
-        runs.run(name, tmp_path / str(on), strategy=strategy, training={"gradient_checkpointing": on}) for on in (False, True)
+        runs.run(name, tmp_path / str(on), strategy=strategy, training={"gradient_checkpointing": on})
+        for on in (False, True)
     ]
     one, other = (runs.weights(run) for run in both)
     assert runs.same(one, other, tolerance=1e-6)
@@ -483,3 +540,27 @@ def test_what_cannot_checkpoint_gradients_is_refused(tmp_path: Path) -> None:
 
 def test_peft_is_new_enough() -> None:
     assert tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 18)
+
+
+# The page
+
+
+def test_the_page_says_what_is_tested() -> None:
+    lines = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text(encoding="utf-8").splitlines()
+    rows = {cells[1].strip("` "): [cell.strip() for cell in cells[3:-1]] for cells in
+            (line.split("|") for line in lines if line.startswith("| `"))}  # fmt: skip
+    assert set(rows) == set(METHODS)
+    for method, (resnet, mobilenet, vit, bert) in rows.items():
+        said = {"resnet": resnet != "no", "vit": vit != "no", "bert": bert != "no"}
+        assert said == {family: (method, family) not in UNSUPPORTED for family in FAMILIES}, method
+        assert (mobilenet == "no") == (resnet == "no"), method
+
+
+@pytest.mark.slow
+def test_the_table_is_what_the_code_says() -> None:
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "scripts/adapter_table.py", "--check"], cwd=root, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

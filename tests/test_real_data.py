@@ -12,8 +12,8 @@ from hf_finetune.train import finetune
 
 pytestmark = pytest.mark.slow
 
-IMAGES = {"full": 0.92, "frozen": 0.92, "lp_ft": 0.92}
-TEXTS = {"full": 0.80, "frozen": 0.70}
+IMAGES = {"full": 0.92, "frozen": 0.92, "lp_ft": 0.92, "lora": 0.92}
+TEXTS = {"full": 0.80, "frozen": 0.70, "lora": 0.80}
 
 
 @pytest.mark.parametrize(("name", "least"), IMAGES.items())
