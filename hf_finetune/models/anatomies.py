@@ -299,7 +299,9 @@ def _vision_family(model: nn.Module, parameters: Iterable[Parameter]) -> Family:
 
 def attends(module: nn.Module) -> bool:
     """Return whether a module is attention: it has heads."""
-    return any(hasattr(module, name) for name in ("num_heads", "num_attention_heads", "n_heads", "heads", "head_dim"))
+    return any(
+        hasattr(module, name) for name in ("num_heads", "num_attention_heads", "n_heads", "heads", "head_dim")
+    )
 
 
 def _heads(classifier: Any) -> Iterable[nn.Module]:
