@@ -220,7 +220,9 @@ def run_recipe(
 def main(arguments: list[str] | None = None, *, command: Any = None) -> None:
     """Run the command line; errors we can name end in one short text and their exit code."""
     try:
-        (command or typer.main.get_command(app)).main(arguments, prog_name=None, standalone_mode=False)
+        code = (command or typer.main.get_command(app)).main(arguments, prog_name=None, standalone_mode=False)
+        if isinstance(code, int) and code:  # what typer makes of a Ctrl-C that nobody caught
+            sys.exit(code)
     except (UserError, Interrupted) as error:
         # Every process finds the same; one says so.
         _leave(error, error.exit_code, silent=_rank() > 0)

@@ -173,6 +173,8 @@ class Record:
         try:
             yield
         except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                self.status = "interrupted"
             self.why = self.why or (str(error).splitlines() or [type(error).__name__])[0]
             with suppress(FinetuneError):  # on a full or vanished disk; what came first is what to tell
                 self._close()
@@ -181,9 +183,8 @@ class Record:
             self._close()
         finally:
             if self.accelerator is not None:
-                for (
-                    tracker
-                ) in accelerator.trackers:  # `end_training` would end the other processes' group as well
+                # `end_training` would end the other processes' group as well.
+                for tracker in accelerator.trackers:
                     tracker.finish()
 
     def _close(self) -> None:

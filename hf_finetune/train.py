@@ -74,6 +74,8 @@ def finetune(
         progress.say(f"nothing to do: the run in {record.path} is done and the recipe asks for no more steps")
         return load_run(record.path)
     accelerator = start_accelerator(setup, record)
+    share = 100 * setup.trainable_size / setup.total_size
+    progress.say(f"{setup.trainable_size:,} of {setup.total_size:,} parameters train ({share:.3g} %)")
     with watched_signals() as signals, progress, record.closing(accelerator):
         try:
             record.status, record.why = _train(setup, accelerator, record, progress, signals)

@@ -252,7 +252,7 @@ BROKEN = [
         recipe.yaml:2: trainning
           unknown key, given {epochs: 3}
           did you mean 'training'?
-          allowed: extends, task, backbone, data, augment, strategy, optimizer, schedule, training, monitor, trackers, output
+          allowed: extends, task, backbone, data, augment, strategy, optimizer, schedule, training, monitor, trackers, output, hub
         1 problem in recipe.yaml
         """,
     ),
@@ -1531,7 +1531,7 @@ BROKEN = [
         command line: trainning
           unknown key, given {epochs: 3}
           did you mean 'training'?
-          allowed: extends, task, backbone, data, augment, strategy, optimizer, schedule, training, monitor, trackers, output
+          allowed: extends, task, backbone, data, augment, strategy, optimizer, schedule, training, monitor, trackers, output, hub
         4 problems in recipe.yaml
         """,
         overrides=("epochs=3", "trainning.epochs=3", "~training.epoch", "data.path.train=x"),

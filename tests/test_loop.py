@@ -431,7 +431,10 @@ def test_a_signal_leaves_a_usable_folder(name: str, step: int, measured: bool, t
     )
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
-    assert f"error: stopped by {name}; the state is saved, `--output {tmp_path / 'run'} --resume` continues" in done.stderr
+    assert (
+        f"error: stopped by {name}; the state is saved, `--output {tmp_path / 'run'} --resume` continues"
+        in done.stderr
+    )
     run = load_run(tmp_path / "run")
     assert (run.status["status"], run.status["why"]) == ("interrupted", f"stopped by {name}")
     assert (run.best is not None) == measured
@@ -440,7 +443,9 @@ def test_a_signal_leaves_a_usable_folder(name: str, step: int, measured: bool, t
     assert not list(run.path.glob(".model*"))
 
 
-def test_an_interrupt_while_the_best_is_put_in_its_place_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_the_best_is_put_in_its_place_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The moment between putting the old model away and the new one in its place."""
     real, renames = Path.rename, []
 
@@ -452,7 +457,13 @@ def test_an_interrupt_while_the_best_is_put_in_its_place_loses_nothing(tmp_path:
 
     monkeypatch.setattr(Path, "rename", stopping)
     with pytest.raises(Interrupted):
-        runs.run("vit", tmp_path / "run", strategy="full", monitor=EVERY | {"metric": "loss"}, training={"steps": 8})
+        runs.run(
+            "vit",
+            tmp_path / "run",
+            strategy="full",
+            monitor=EVERY | {"metric": "loss"},
+            training={"steps": 8},
+        )
     run = load_run(tmp_path / "run")
     assert run.best is not None
     assert evaluate_model(str(run.path), []).loss == run.best["value"]

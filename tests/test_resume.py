@@ -82,7 +82,9 @@ MOMENTS = ("step", "checkpoint", "step", "start", "swap", "artefact")
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b""))
+    monkeypatch.setattr(
+        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
+    )
 
 
 def full_disk(*_: Any, **__: Any) -> None:
@@ -100,7 +102,11 @@ class Group:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         tests = Path(__file__).parent
-        common = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{tests}:{tests.parent}"} | env
+        common = (
+            os.environ
+            | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{tests}:{tests.parent}"}
+            | env
+        )
         several = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.log = log
         with log.open("a") as out:
@@ -154,7 +160,9 @@ def kill_again_and_again(row: Row, folder: Path, kills: int, seed: int) -> tuple
     rng = random.Random(seed)
     recipe = written_recipe(row, folder, steps=14 + 7 * kills)
     whole, torn, marker, log = folder / "whole", folder / "torn", folder / "marker", folder / "log"
-    undisturbed = Group(["train", str(recipe), "--output", str(whole), "-q"], row.processes, folder / "whole.log")
+    undisturbed = Group(
+        ["train", str(recipe), "--output", str(whole), "-q"], row.processes, folder / "whole.log"
+    )
     again = ["train", str(recipe), "--output", str(torn), "--resume", "-q"]
     killed = 0
     try:
@@ -169,7 +177,11 @@ def kill_again_and_again(row: Row, folder: Path, kills: int, seed: int) -> tuple
                 elif moment == "step":
                     rows = torn / "metrics.jsonl"
                     stamp = rows.stat().st_mtime_ns if rows.exists() else 0
-                    group.until(lambda rows=rows, stamp=stamp: rows.exists() and rows.stat().st_mtime_ns > stamp and rows.stat().st_size > 0)
+                    group.until(
+                        lambda rows=rows, stamp=stamp: (
+                            rows.exists() and rows.stat().st_mtime_ns > stamp and rows.stat().st_size > 0
+                        )
+                    )
                     time.sleep(rng.uniform(0, 0.4))
                 else:
                     group.until(marker.exists)
@@ -179,7 +191,9 @@ def kill_again_and_again(row: Row, folder: Path, kills: int, seed: int) -> tuple
             if not alive:
                 break  # it came to its end, or failed: the comparison will tell
             killed += 1
-        assert Group(again, row.processes, log, MARKER=str(marker)).end() == [0] * row.processes, log.read_text()
+        assert Group(again, row.processes, log, MARKER=str(marker)).end() == [0] * row.processes, (
+            log.read_text()
+        )
         assert undisturbed.end() == [0] * row.processes, (folder / "whole.log").read_text()
     finally:
         undisturbed.kill()
@@ -191,7 +205,11 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {f"{file.name}/{name}": tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        f"{file.name}/{name}": tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -230,7 +248,9 @@ def test_the_matrix_kills_at_least_20_times() -> None:
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(name: str, torn_runs: dict[str, Future]) -> None:
+def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(
+    name: str, torn_runs: dict[str, Future]
+) -> None:
     whole, torn, killed = torn_runs[name].result()
     assert killed == MATRIX[name].kills
     assert_same(whole, torn)
@@ -245,7 +265,9 @@ def long_torn_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not KILLS, reason="takes half an hour: HF_FINETUNE_KILLS=200 pytest -m slow tests/test_resume.py")
+@pytest.mark.skipif(
+    not KILLS, reason="takes half an hour: HF_FINETUNE_KILLS=200 pytest -m slow tests/test_resume.py"
+)
 @pytest.mark.parametrize("name", MATRIX)
 def test_the_long_form(name: str, long_torn_runs: dict[str, Future]) -> None:
     whole, torn, killed = long_torn_runs[name].result()
@@ -347,8 +369,21 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path: Path) -> None:
 def test_torchrun_and_its_processes_are_signalled_alike(tmp_path: Path) -> None:
     """torchrun passes its signal on: the copy that arrives is not taken for a second wish."""
     recipe, tests = written_recipe(Row("vit", {"strategy": "full"}, 0), tmp_path, 40), Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tests / "victim.py")]
-    env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PACE": "0.1", "PYTHONPATH": f"{tests}:{tests.parent}"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(tests / "victim.py"),
+    ]
+    env = {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PACE": "0.1",
+        "PYTHONPATH": f"{tests}:{tests.parent}",
+    }
     rows = tmp_path / "torn" / "metrics.jsonl"
     with (tmp_path / "log").open("w") as log:
         agent = subprocess.Popen([*command, "train", str(recipe), "--output", str(tmp_path / "torn"), "-q"],
@@ -360,7 +395,9 @@ def test_torchrun_and_its_processes_are_signalled_alike(tmp_path: Path) -> None:
             assert agent.poll() is None
             assert time.monotonic() < limit
             time.sleep(0.05)
-        workers = [int(child) for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+        workers = [
+            int(child) for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        ]
         for process in (*workers, agent.pid):
             os.kill(process, signal.SIGTERM)
         agent.wait(60)
@@ -374,6 +411,7 @@ def test_torchrun_and_its_processes_are_signalled_alike(tmp_path: Path) -> None:
 
 def test_stopped_after_every_single_step(tmp_path: Path) -> None:
     """`training.max_hours` is used up after each step: as many starts as steps, and each evaluation after a start."""
+
     def recipe(name: str, **training: Any) -> Any:
         return runs.recipe(
             "vit", tmp_path / name, strategy={"name": "gradual", "every": "plateau", "patience": 1}, augment=[*RANDOM_VIEWS, "mixup"],
@@ -390,7 +428,9 @@ def test_stopped_after_every_single_step(tmp_path: Path) -> None:
     assert_same(tmp_path / "whole", tmp_path / "torn")
 
 
-def test_early_stopping_is_not_forgotten_when_killed_before_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_stopping_is_not_forgotten_when_killed_before_it_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed between the last checkpoint and run.json: the run is over, though nobody has said so."""
     monkeypatch.setattr(Evaluation, "value", lambda self, metric: 0.5)
     monitor = {"evaluate": "1 steps", "early_stopping": {"patience": 2}}
@@ -413,16 +453,28 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def recipe(name: str) -> Any:
         training = {"steps": 8, "ema": {"decay": 0.9}, "checkpoint": {"every": "1 steps", "keep": 3}}
-        return runs.recipe("vit", folder / name, strategy="full", training=training, monitor={"evaluate": "2 steps", "metric": "loss"})
+        return runs.recipe(
+            "vit",
+            folder / name,
+            strategy="full",
+            training=training,
+            monitor={"evaluate": "2 steps", "metric": "loss"},
+        )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b""))
+        patch.setattr(
+            "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
+        )
         finetune(recipe("whole"), quiet=True)
         steps = iter(range(1, 9))
-        patch.setattr("hf_finetune.train.asked_to_stop", lambda *_: "stopped by the test" if next(steps) == 5 else None)
+        patch.setattr(
+            "hf_finetune.train.asked_to_stop", lambda *_: "stopped by the test" if next(steps) == 5 else None
+        )
         with pytest.raises(Interrupted):
             finetune(recipe("torn"), quiet=True)
-    assert [path.name for path in sorted((folder / "torn/checkpoints").iterdir())] == [f"step-0000000{n}" for n in (3, 4, 5)]
+    assert [path.name for path in sorted((folder / "torn/checkpoints").iterdir())] == [
+        f"step-0000000{n}" for n in (3, 4, 5)
+    ]
     return folder
 
 
@@ -462,7 +514,9 @@ def test_a_damaged_checkpoint_is_passed_over(file: str, damage: str, torn: Path)
     assert found is not None
     assert found.path.name == "step-00000004"
     (reason,) = rejected
-    assert reason.startswith(f"step-00000005: {file}") or (file == "manifest.json" and reason.startswith("step-00000005: "))
+    assert reason.startswith(f"step-00000005: {file}") or (
+        file == "manifest.json" and reason.startswith("step-00000005: ")
+    )
 
 
 def empty(folder: Path) -> None:
@@ -471,15 +525,23 @@ def empty(folder: Path) -> None:
 
 
 HALVES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "model flipped": (lambda folder: flip(folder / "model.safetensors"), "model.safetensors is damaged (its hash differs)"),
+    "model flipped": (
+        lambda folder: flip(folder / "model.safetensors"),
+        "model.safetensors is damaged (its hash differs)",
+    ),
     "manifest deleted": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
     "an empty folder": (empty, "manifest.json is missing"),
-    "a file": (lambda folder: (shutil.rmtree(folder), folder.touch()), "manifest.json cannot be read (NotADirectoryError)"),
+    "a file": (
+        lambda folder: (shutil.rmtree(folder), folder.touch()),
+        "manifest.json cannot be read (NotADirectoryError)",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", HALVES)
-def test_resume_falls_back_says_so_and_ends_the_same(case: str, torn: Path, stopped: Path, capsys: pytest.CaptureFixture) -> None:
+def test_resume_falls_back_says_so_and_ends_the_same(
+    case: str, torn: Path, stopped: Path, capsys: pytest.CaptureFixture
+) -> None:
     damage, reason = HALVES[case]
     damage(torn / "checkpoints/step-00000005")
     half = torn / "checkpoints/.step-00000006"
@@ -490,10 +552,14 @@ def test_resume_falls_back_says_so_and_ends_the_same(case: str, torn: Path, stop
     assert f"resume: checkpoint rejected: step-00000005: {reason}" in said
     assert f"resume: from step-00000004 in {torn}" in said
     assert_same(stopped / "whole", torn)
-    assert sorted(path.name for path in (torn / "checkpoints").iterdir()) == [f"step-0000000{n}" for n in (6, 7, 8)]
+    assert sorted(path.name for path in (torn / "checkpoints").iterdir()) == [
+        f"step-0000000{n}" for n in (6, 7, 8)
+    ]
 
 
-def test_a_damaged_newest_checkpoint_does_not_crowd_out_good_ones(torn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_newest_checkpoint_does_not_crowd_out_good_ones(
+    torn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`keep: 1` with a damaged checkpoint of a later step lying about: the new one stays."""
     shutil.copytree(torn / "checkpoints/step-00000005", torn / "checkpoints/step-00000007")
     flip(torn / "checkpoints/step-00000007/model.safetensors")
@@ -505,7 +571,9 @@ def test_a_damaged_newest_checkpoint_does_not_crowd_out_good_ones(torn: Path, mo
     assert [path.name for path in (torn / "checkpoints").iterdir()] == ["step-00000006"]
 
 
-def test_the_same_step_saved_again_replaces_the_first_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_step_saved_again_replaces_the_first_only_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "checkpoints"
     first = save_checkpoint(folder, 3, {"model": {"x": torch.zeros(2)}}, {"n": 1}, keep=1)
     monkeypatch.setattr(os, "fsync", full_disk)
@@ -535,7 +603,11 @@ def test_no_checkpoint_left_is_an_error_that_names_them(torn: Path, capsys: pyte
 
 # name -> what was done to the run folder, exit code, what is said
 FOLDERS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
-    "run.json deleted": (lambda run: (run / "run.json").unlink(), 2, "holds checkpoints and metrics.jsonl and model of a run, but no run.json"),
+    "run.json deleted": (
+        lambda run: (run / "run.json").unlink(),
+        2,
+        "holds checkpoints and metrics.jsonl and model of a run, but no run.json",
+    ),
     "run.json emptied": (lambda run: (run / "run.json").write_bytes(b""), 2, "run.json: damaged, not JSON"),
     "recipe.yaml deleted": (lambda run: (run / "recipe.yaml").unlink(), 2, "recipe.yaml missing"),
     "recipe.yaml emptied": (lambda run: (run / "recipe.yaml").write_bytes(b""), 2, "recipe.yaml"),
@@ -616,7 +688,9 @@ FACTS = [
 
 
 @pytest.mark.parametrize(("changes", "text"), FACTS)
-def test_what_is_not_in_the_recipe_must_agree_too(changes: dict[str, Any], text: str, torn: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_is_not_in_the_recipe_must_agree_too(
+    changes: dict[str, Any], text: str, torn: Path, capsys: pytest.CaptureFixture
+) -> None:
     edit_json(torn / "run.json", **changes)
     with pytest.raises(UserError) as caught:
         resume(torn, quiet=True)
@@ -635,7 +709,12 @@ FREE = [
 
 @pytest.mark.parametrize(("changes", "facts", "text"), FREE)
 def test_what_changes_no_result_is_free(
-    changes: list[str], facts: dict[str, Any], text: str | None, torn: Path, stopped: Path, capsys: pytest.CaptureFixture
+    changes: list[str],
+    facts: dict[str, Any],
+    text: str | None,
+    torn: Path,
+    stopped: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     edit_json(torn / "run.json", **facts)
     resume(torn, *changes)
@@ -646,7 +725,9 @@ def test_what_changes_no_result_is_free(
 def test_other_data_and_another_backbone_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the fingerprints are of: a text edited, a label added, a weight moved, under the same names."""
     shutil.copytree(runs.backbone("bert"), tmp_path / "bert")
-    rows = [(f"the {('bad', 'good')[n % 2]} film {'very ' * (n % 4)}", ("neg", "pos")[n % 2]) for n in range(16)]
+    rows = [
+        (f"the {('bad', 'good')[n % 2]} film {'very ' * (n % 4)}", ("neg", "pos")[n % 2]) for n in range(16)
+    ]
     recipe = runs.recipe(
         "bert", tmp_path / "run", strategy="frozen", backbone=str(tmp_path / "bert"), data={"path": runs.table(tmp_path, rows)},
         training={"steps": 4, "checkpoint": {"every": "1 steps"}},
@@ -655,7 +736,10 @@ def test_other_data_and_another_backbone_are_noticed(tmp_path: Path, monkeypatch
         patch.setattr("hf_finetune.train.asked_to_stop", lambda *_: "stopped by the test")
         with pytest.raises(Interrupted):
             finetune(recipe, quiet=True)
-    for others, text in (([("a good film", "neg"), *rows[1:]], "data fingerprint"), ([*rows[:-3], *[("so", "odd")] * 3], "labels: was")):
+    for others, text in (
+        ([("a good film", "neg"), *rows[1:]], "data fingerprint"),
+        ([*rows[:-3], *[("so", "odd")] * 3], "labels: was"),
+    ):
         runs.table(tmp_path, others)
         with pytest.raises(UserError, match=text):
             finetune(recipe, quiet=True, resume=True)
@@ -670,14 +754,20 @@ def test_other_data_and_another_backbone_are_noticed(tmp_path: Path, monkeypatch
 
 
 def test_allowed_changes_are_made(torn: Path) -> None:
-    run = resume(torn, "optimizer.lr=0.002", "optimizer.options={betas: [0.5, 0.9]}", quiet=True, allow_changes=True)
+    run = resume(
+        torn, "optimizer.lr=0.002", "optimizer.options={betas: [0.5, 0.9]}", quiet=True, allow_changes=True
+    )
     rates = [row["lr"]["head"] for row in runs.train_rows(run)]
     assert rates[4] > 0.002 > rates[5]
-    with pytest.raises(UserError, match=r"resume: the checkpoint holds the state of AdamW, the recipe asks for Lion"):
+    with pytest.raises(
+        UserError, match=r"resume: the checkpoint holds the state of AdamW, the recipe asks for Lion"
+    ):
         resume(torn, "optimizer=lion", "training.steps=9", quiet=True, allow_changes=True)
 
 
-def test_a_finished_run_has_nothing_to_do(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_finished_run_has_nothing_to_do(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(stopped / "whole", run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -685,7 +775,9 @@ def test_a_finished_run_has_nothing_to_do(stopped: Path, tmp_path: Path, capsys:
     assert f"nothing to do: the run in {run} is done" in capsys.readouterr().out
     shutil.rmtree(run / "checkpoints")  # a run that kept none is as finished
     main_returns(["train", str(run / "recipe.yaml"), "--resume"])
-    assert all(path.read_bytes() == content for path, content in before.items() if "checkpoints" not in str(path))
+    assert all(
+        path.read_bytes() == content for path, content in before.items() if "checkpoints" not in str(path)
+    )
     with pytest.raises(FinetuneError, match="no checkpoint can be used"):
         resume(run, "training.steps=12", quiet=True)
 
@@ -716,7 +808,9 @@ def test_a_run_that_grows_reaches_the_phases_it_had_no_time_for(tmp_path: Path) 
     assert [row["phase_index"] for row in runs.train_rows(grown)] == [0, 0, 1, 1, 2, 2, 3]
 
 
-def test_an_early_stopped_run_is_done_and_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_an_early_stopped_run_is_done_and_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(Evaluation, "value", lambda self, metric: 0.5)
     monitor = {"evaluate": "1 steps", "early_stopping": {"patience": 2}}
     run = runs.run("vit", tmp_path / "run", strategy="full", training={"steps": 8}, monitor=monitor)
@@ -727,11 +821,15 @@ def test_an_early_stopped_run_is_done_and_grows(tmp_path: Path, monkeypatch: pyt
 
 
 def test_without_resume_a_folder_with_a_run_is_refused_and_resume_is_offered(torn: Path) -> None:
-    with pytest.raises(UserError, match=r"already holds a run \(interrupted, started .*Continue it with --resume"):
+    with pytest.raises(
+        UserError, match=r"already holds a run \(interrupted, started .*Continue it with --resume"
+    ):
         finetune(load_recipe(str(torn / "recipe.yaml"), [f"output={torn}"]), quiet=True)
 
 
-def test_resume_without_a_folder_takes_the_newest_unfinished_run(torn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_resume_without_a_folder_takes_the_newest_unfinished_run(
+    torn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(torn.parent)
     recipe = torn.parent / "mine.yaml"
     shutil.copy(torn / "recipe.yaml", recipe)
@@ -752,13 +850,30 @@ def test_resume_without_a_folder_takes_the_newest_unfinished_run(torn: Path, mon
 # ---- disks ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "text"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "the disk is read-only"), (errno.EACCES, "you may not write there")])
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EROFS, "the disk is read-only"),
+        (errno.EACCES, "you may not write there"),
+    ],
+)
 @pytest.mark.parametrize("call", ["hf_finetune.checkpoint.save_file", "os.fsync"])
 def test_a_disk_that_takes_no_more_keeps_the_last_good_state(
-    call: str, number: int, text: str, torn: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    call: str,
+    number: int,
+    text: str,
+    torn: Path,
+    stopped: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise SafetensorError(f"I/O error: no (os error {number})") if "save" in call else OSError(number, os.strerror(number))
+        raise (
+            SafetensorError(f"I/O error: no (os error {number})")
+            if "save" in call
+            else OSError(number, os.strerror(number))
+        )
 
     kept = {path: path.read_bytes() for path in (torn / "checkpoints").rglob("*") if path.is_file()}
     monkeypatch.setattr(call, refuse)
@@ -770,7 +885,9 @@ def test_a_disk_that_takes_no_more_keeps_the_last_good_state(
     assert text in error
     assert kept == {path: path.read_bytes() for path in (torn / "checkpoints").rglob("*") if path.is_file()}
     monkeypatch.undo()
-    monkeypatch.setattr("hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b""))
+    monkeypatch.setattr(
+        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
+    )
     resume(torn, quiet=True)
     assert_same(stopped / "whole", torn)
 
@@ -785,7 +902,9 @@ def test_a_model_that_cannot_be_written_is_told(torn: Path, monkeypatch: pytest.
 
 def test_a_run_folder_that_vanishes_is_told(torn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = iter(range(9))
-    monkeypatch.setattr("hf_finetune.train.asked_to_stop", lambda *_: shutil.rmtree(torn) if next(steps) == 1 else None)
+    monkeypatch.setattr(
+        "hf_finetune.train.asked_to_stop", lambda *_: shutil.rmtree(torn) if next(steps) == 1 else None
+    )
     with pytest.raises(FinetuneError, match="the run folder is gone"):
         resume(torn, quiet=True)
     assert not torn.exists()
@@ -793,28 +912,54 @@ def test_a_run_folder_that_vanishes_is_told(torn: Path, monkeypatch: pytest.Monk
 
 # ---- optimizers ----------------------------------------------------------------------------------------------------
 
-OPTIMIZERS = ("adamw", "sgd", "lion", "lamb", "adafactor", "muon", "nadamw", "adan", "kron", "radam", "adopt", "madgrad")
+OPTIMIZERS = (
+    "adamw",
+    "sgd",
+    "lion",
+    "lamb",
+    "adafactor",
+    "muon",
+    "nadamw",
+    "adan",
+    "kron",
+    "radam",
+    "adopt",
+    "madgrad",
+)
 
 
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
     nn = torch.nn
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 16, 8), nn.GELU(), nn.Linear(8, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 16, 8), nn.GELU(), nn.Linear(8, 3)
+    )
     return model.to(memory_format=torch.channels_last)
 
 
 def optimizer_of(name: str, model: torch.nn.Module) -> tuple[torch.optim.Optimizer, list[str]]:
     parameters = dict(model.named_parameters())
-    weights, rest = [n for n, p in parameters.items() if p.ndim > 1], [n for n, p in parameters.items() if p.ndim <= 1]
-    groups = [ParamGroup("a", "a", tuple(weights), (1.0,), True, 1), ParamGroup("b", "b", tuple(rest), (1.0,), False, 1)]
-    return build_optimizer(OptimizerSpec(name=name, lr=1e-2, weight_decay=0.05), groups, parameters), [*weights, *rest]
+    weights, rest = (
+        [n for n, p in parameters.items() if p.ndim > 1],
+        [n for n, p in parameters.items() if p.ndim <= 1],
+    )
+    groups = [
+        ParamGroup("a", "a", tuple(weights), (1.0,), True, 1),
+        ParamGroup("b", "b", tuple(rest), (1.0,), False, 1),
+    ]
+    return build_optimizer(OptimizerSpec(name=name, lr=1e-2, weight_decay=0.05), groups, parameters), [
+        *weights,
+        *rest,
+    ]
 
 
 def learn(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         pixels = torch.randn(4, 3, 6, 6, generator=generator).contiguous(memory_format=torch.channels_last)
-        torch.nn.functional.cross_entropy(model(pixels), torch.randint(0, 3, (4,), generator=generator)).backward()
+        torch.nn.functional.cross_entropy(
+            model(pixels), torch.randint(0, 3, (4,), generator=generator)
+        ).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -849,6 +994,10 @@ def test_state_that_cannot_be_stored_is_an_error(place: str) -> None:
     optimizer, names = optimizer_of("sgd", model)
     learn(model, optimizer, range(1))
     first = optimizer.param_groups[0]["params"][0]
-    {"parameter": optimizer.state[first], "optimizer": optimizer.state, "group": optimizer.param_groups[0]}[place]["strange"] = object()  # type: ignore[index]
-    with pytest.raises(FinetuneError, match=r"optimizer SGD: its state holds .*strange.*, which a checkpoint cannot"):
+    {"parameter": optimizer.state[first], "optimizer": optimizer.state, "group": optimizer.param_groups[0]}[
+        place
+    ]["strange"] = object()  # type: ignore[index]
+    with pytest.raises(
+        FinetuneError, match=r"optimizer SGD: its state holds .*strange.*, which a checkpoint cannot"
+    ):
         pack_optimizer(optimizer, names)

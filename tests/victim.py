@@ -54,7 +54,11 @@ before(Path, "rename", renaming)
 if HANG == "checkpoint":
     before(hf_finetune.checkpoint, "_sha256", lambda *_: hang())
 if HANG == "artefact":
-    before(hf_finetune.record, "write_artefact", lambda folder, *_: (folder.mkdir(), (folder / "x").touch(), hang()))
+    before(
+        hf_finetune.record,
+        "write_artefact",
+        lambda folder, *_: (folder.mkdir(), (folder / "x").touch(), hang()),
+    )
 if HANG == "evaluation":
     before(hf_finetune.evaluation, "sample_losses", lambda *_: hang(2))
 cli.main(sys.argv[1:])
