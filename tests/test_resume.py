@@ -70,6 +70,7 @@ MATRIX = {
     "full, mixup, EMA, dropout, bf16": Row("vit", {
         "strategy": "full", "augment": [*RANDOM_VIEWS, "mixup"], "optimizer": {"name": "lamb", "lr": 1e-2},
     }, 6, training={"precision": "bf16", "ema": {"decay": 0.9}, "micro_batch_size": 4}, data={"workers": 2}),
+    "lora": Row("bert", {"strategy": "lora"}, 2),
     "full, dropout, 2 processes": Row("bert", {"strategy": "full"}, 2, processes=2, training={"ema": {"decay": 0.9}}),
     "gradual by plateau, BatchNorm, 2 processes": Row("resnet", {
         "strategy": {"name": "gradual", "every": "plateau", "patience": 1}, "augment": RANDOM_VIEWS,
@@ -409,16 +410,28 @@ def test_torchrun_and_its_processes_are_signalled_alike(tmp_path: Path) -> None:
     assert load_run(tmp_path / "torn").status["status"] == "interrupted", (tmp_path / "log").read_text()
 
 
-def test_stopped_after_every_single_step(tmp_path: Path) -> None:
+STEP_BY_STEP = {
+    "gradual by plateau": ("vit", {
+        "strategy": {"name": "gradual", "every": "plateau", "patience": 1}, "augment": [*RANDOM_VIEWS, "mixup"],
+        "schedule": {"name": "reduce_on_plateau", "patience": 1, "warmup": None},
+    }),
+    "lora": ("bert", {"strategy": "lora"}),
+    "adalora": ("bert", {"strategy": "adalora"}),
+    "pissa": ("vit", {"strategy": "pissa", "augment": RANDOM_VIEWS}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEP_BY_STEP)
+def test_stopped_after_every_single_step(name: str, tmp_path: Path) -> None:
     """`training.max_hours` is used up after each step: as many starts as steps, and each evaluation after a start."""
 
     def recipe(name: str, **training: Any) -> Any:
         return runs.recipe(
-            "vit", tmp_path / name, strategy={"name": "gradual", "every": "plateau", "patience": 1}, augment=[*RANDOM_VIEWS, "mixup"],
-            monitor={"evaluate": "1 steps", "metric": "accuracy"}, schedule={"name": "reduce_on_plateau", "patience": 1, "warmup": None},
+            backbone, tmp_path / name, monitor={"evaluate": "1 steps", "metric": "accuracy"}, **changes,
             training={"steps": 7, "ema": {"decay": 0.9}, "checkpoint": None} | training,
         )  # fmt: skip
 
+    backbone, changes = STEP_BY_STEP[name]
     finetune(recipe("whole", checkpoint={"every": "100%"}), quiet=True)
     for _ in range(7):
         with pytest.raises(Interrupted, match=r"training.max_hours \(1e-09\) is used up; the state is saved"):
