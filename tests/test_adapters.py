@@ -311,7 +311,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize(("method", "family"), UNSUPPORTED)
+@pytest.mark.parametrize(("method", "family"), sorted(UNSUPPORTED))
 def test_a_method_that_cannot_says_which_can(method: str, family: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         runs.run(family, tmp_path / "run", strategy=method)
