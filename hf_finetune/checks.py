@@ -14,6 +14,8 @@ from typing import Any
 
 from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, IMAGE_AUGMENTATIONS, TEXT_AUGMENTATIONS
 from hf_finetune.errors import nearest
+from hf_finetune.hub.fetch import COMMIT
+from hf_finetune.models.spec import PICKLE_SUFFIXES
 from hf_finetune.recipe_spec import Recipe
 from hf_finetune.shipped import BACKBONES, DATASETS, ShippedDataset
 from hf_finetune.spec import Duration
@@ -316,11 +318,33 @@ def frozen_layers_are_pretrained(recipe: Recipe) -> Iterator[Conflict]:
 
 def remote_code_is_pinned(recipe: Recipe) -> Iterator[Conflict]:
     """Code from the Hub is run as it was when somebody looked at it."""
-    if recipe.backbone.trust_remote_code and recipe.backbone.revision is None and _on_hub(recipe.backbone.id):
+    backbone = recipe.backbone
+    if not backbone.trust_remote_code or not _on_hub(backbone.id):
+        return
+    if backbone.revision is None:
         yield Conflict(
             ("backbone.trust_remote_code", "backbone.id"),
             "code from the Hub may change between two runs",
             "read it, then set backbone.revision to that commit",
+        )
+    elif not COMMIT.fullmatch(backbone.revision):
+        yield Conflict(
+            ("backbone.revision", "backbone.trust_remote_code"),
+            "a branch or tag may mean other code tomorrow",
+            "read the code, then set backbone.revision to that commit, all 40 digits of it",
+        )
+
+
+def pickles_are_files(recipe: Recipe) -> Iterator[Conflict]:
+    """What is allowed to be read although it is a pickle is one file, by its exact name."""
+    name = recipe.backbone.allow_pickle
+    if name is None:
+        return
+    if not name.endswith(PICKLE_SUFFIXES) or any(sign in name for sign in "/\\*?["):
+        yield Conflict(
+            ("backbone.allow_pickle",),
+            f"it is the exact name of one file, which ends in {_listed(PICKLE_SUFFIXES)}",
+            "name the file, such as pytorch_model.bin",
         )
 
 
@@ -396,6 +420,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     both_stages_happen,
     frozen_layers_are_pretrained,
     remote_code_is_pinned,
+    pickles_are_files,
     revisions_are_of_the_hub,
     splits_exist,
     fraction_needs_no_validation_split,

@@ -88,9 +88,10 @@ def _print_weights(setup: Setup) -> None:
         ["mismatched", len(report.mismatched), _names(report.mismatched)],
         ["unused", len(report.unexpected), _names(report.unexpected)],
     ]
+    head = "; output layer kept, it knows these labels" if report.kept_head else ""
     note = (
-        f"{100 * report.share:.4g} % of the backbone loaded; {backbone.library} "
-        f"{backbone.source.get('architecture')}, family {backbone.anatomy.family}"
+        f"{100 * report.share:.4g} % of the backbone loaded{head}; {backbone.library} "
+        f"{backbone.source.get('architecture')}, family {backbone.anatomy.family}; from {report.source}"
     )
     _show(Table(f"Weights: {setup.recipe.backbone.id}", ["tensors", "count", "names"], rows, note))
 

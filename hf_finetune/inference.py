@@ -17,16 +17,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image, Value
+from huggingface_hub import ModelCard
+from torch import nn
 
 from hf_finetune.data.checks import read_image
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.loaders import EvalSet, eval_loader
 from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import load_split, load_splits
-from hf_finetune.errors import ModelError, UserError, did_you_mean
+from hf_finetune.errors import DataError, ModelError, UserError, did_you_mean
 from hf_finetune.evaluation import Evaluation, evaluate, to_device
+from hf_finetune.hub.fetch import COMMIT, Pinned
+from hf_finetune.models.layout import ADAPTER_CONFIG, RECIPE
 from hf_finetune.models.load import Backbone, forward, load_backbone
-from hf_finetune.models.source import ADAPTER_CONFIG, find_trained
+from hf_finetune.models.source import find_trained
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import Recipe, load_recipe
 from hf_finetune.report.tables import print_table
@@ -34,12 +38,13 @@ from hf_finetune.runfolder import load_run
 from hf_finetune.setup import process_state
 from hf_finetune.tasks import TASKS
 from hf_finetune.tasks.loss import probabilities
-from hf_finetune.tasks.metrics import default_metric
+from hf_finetune.tasks.metrics import EVALUATE_PREFIX, default_metric
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 TEXT_SUFFIXES = (".txt", ".csv", ".jsonl")
 FORMATS = ("table", "csv", "jsonl")
 BATCH_SIZE = 32
+"""Rows of a batch at least; as many as the run had in one when it measured."""
 
 
 @dataclass(frozen=True)
@@ -51,43 +56,94 @@ class Trained:
     backbone: Backbone
     recorded: dict[str, Any] | None
     """What the run said of its best weights."""
+    data_commit: str | None = None
+    """The commit its Hub data set was measured at."""
+    repository: Pinned | None = None
+    """Where it came from, if that is the Hub."""
 
 
 def load_trained(place: str) -> Trained:
-    """Load the model of a run folder, a model folder or a Hub repository, with its recipe.
+    """Load the model of a run folder, a model folder or a Hub repository (`user/name[@revision]`), with its recipe.
 
     Raises:
         UserError: there is no such run, or it holds no model or no recipe.
         ModelError: the model cannot be loaded.
+        HubError: the Hub does not answer, and the cache lacks the repository.
     """
-    path, recorded = Path(place), None
+    path, recorded, repository, data_commit = Path(place), None, None, None
     if (path / "run.json").is_file():
         run = load_run(path)
         if not run.model_folder.is_dir():
             raise UserError(f"{place}: this run kept no model (status {run.status.get('status')}).")
         folder, recorded = run.model_folder, run.best
+        data_commit = (run.status.get("data") or {}).get("commit")
     else:
-        folder = find_trained(place)
-    if not (folder / "recipe.yaml").is_file():
+        folder, repository = find_trained(place)
+    if not (folder / RECIPE).is_file():
         raise UserError(
             f"{place}: no recipe.yaml beside the model, so how its data was read is unknown. "
             "Give a run folder, its model/ folder, or a repository pushed from one."
         )
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = load_recipe(folder / RECIPE)
+    if repository:
+        _refuse_foreign_code(place, recipe, is_adapter=(folder / ADAPTER_CONFIG).is_file())
+        if repository.note:
+            sys.stderr.write(f"note: {repository.note}\n")
     labels = Labels(recipe.data.labels, _label_names(folder))
     modality = TASKS[recipe.task].modality
+    data_commit = data_commit or _measured_at(folder, recipe)
     if (folder / ADAPTER_CONFIG).is_file():
         from hf_finetune.models.adapters import load_adapter
 
-        base = load_backbone(recipe.backbone, labels, modality, seed=recipe.training.seed)
-        return Trained(recipe, labels, load_adapter(base, folder), recorded)
-    spec = recipe.backbone.model_copy(update={"id": str(folder), "revision": None, "pretrained": True})
+        adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        pinned = {"revision": adapter["revision"]} if adapter.get("revision") else {}
+        try:
+            base = load_backbone(
+                recipe.backbone.model_copy(update=pinned), labels, modality, seed=recipe.training.seed
+            )
+        except ModelError as error:
+            raise ModelError(
+                f"{place}: it is an adapter, and its base model cannot be loaded. {error}"
+            ) from None
+        return Trained(recipe, labels, load_adapter(base, folder), recorded, data_commit, repository)
+    spec = recipe.backbone.model_copy(
+        update={"id": str(folder), "revision": None, "pretrained": True, "keep_head": True}
+    )
     backbone = load_backbone(spec, labels, modality, seed=recipe.training.seed)
     if backbone.report.new:
         raise ModelError(
             f"{place}: {backbone.report.new[0]} is not in the model's weights; the folder is damaged."
         )
-    return Trained(recipe, labels, backbone, recorded)
+    return Trained(recipe, labels, backbone, recorded, data_commit, repository)
+
+
+def _refuse_foreign_code(place: str, recipe: Recipe, *, is_adapter: bool) -> None:
+    """Refuse to run code or read a pickle because a recipe from the Hub says so: somebody else wrote it.
+
+    Raises:
+        UserError: the model needs one of them.
+    """
+    backbone = recipe.backbone
+    needs = {
+        "trust_remote_code": backbone.trust_remote_code,
+        "allow_pickle": is_adapter and backbone.allow_pickle is not None,
+    }
+    for key in (key for key, needed in needs.items() if needed):
+        raise UserError(
+            f"{place}: its recipe sets backbone.{key}, which a recipe from the Hub may not. Look at what it brings, "
+            f"then fetch it with `hf download {place.partition('@')[0]} --local-dir DIR` and give that folder."
+        )
+
+
+def _measured_at(folder: Path, recipe: Recipe) -> str | None:
+    """Return the commit of the recipe's Hub data set that the model card says the model was measured at."""
+    try:
+        results = ModelCard.load(folder / "README.md").data.eval_results or []
+    except (OSError, ValueError, KeyError, TypeError):  # a card is for people, who may have rewritten it
+        return None
+    commits = {each.dataset_revision for each in results if each.dataset_type == recipe.data.path}
+    found = next(iter(commits), None)
+    return found if len(commits) == 1 and found and COMMIT.fullmatch(found) else None
 
 
 def evaluate_model(place: str, options: Sequence[str]) -> Evaluation:
@@ -106,31 +162,68 @@ def evaluate_model(place: str, options: Sequence[str]) -> Evaluation:
             path=asked["data"], columns=spec.columns, labels=spec.labels, max_length=spec.max_length
         )
         rows = load_split(spec, split, labels, seed=recipe.training.seed, task=recipe.task)
-    elif split in {"train", "validation"} or (split == "test" and spec.test is not None):
-        splits = load_splits(spec, seed=recipe.training.seed, task=recipe.task)
-        if splits.labels != labels:
-            raise UserError(
-                f"{place}: the model knows the labels {', '.join(labels.names)}; its data now has "
-                f"{', '.join(splits.labels.names)}. Give the data it was trained with, or data=…"
-            )
-        rows = getattr(splits, split)
     else:
-        rows = load_split(spec, split, labels, seed=recipe.training.seed, task=recipe.task)
+        if trained.data_commit:
+            spec = spec.model_copy(update={"revision": trained.data_commit})
+        try:
+            rows = _own_rows(place, spec, split, trained)
+        except DataError as error:
+            if trained.recorded is not None:
+                raise
+            raise DataError(
+                f"{place}: the data its recipe names cannot be read here. {error} Give it with data=PATH."
+            ) from None
     if "label" not in rows.column_names:
         raise UserError(f"{place}: split '{split}' has no labels to measure against; `predict` needs none.")
     accelerator = _accelerator(recipe)
-    model = trained.backbone.model.to(accelerator.device)
+    model = _ready(trained, accelerator)
     loader = _loader(rows, trained, accelerator)
-    names = list(dict.fromkeys([recipe.monitor.metric, *recipe.monitor.metrics, default_metric(labels.kind)]))
-    result = evaluate(model, loader, labels, names, accelerator)
+    result = evaluate(model, loader, labels, _metrics(trained), accelerator)
     if accelerator.is_main_process:
         where = f"{spec.path}, split {split}: {len(rows)} rows"
+        commit = f" (commit {trained.repository.commit[:12]})" if trained.repository else ""
         print_table(
-            f"{place} on {where}", ["metric", "value"], [*result.metrics.items(), ("loss", result.loss)]
+            f"{place}{commit} on {where}",
+            ["metric", "value"],
+            [*result.metrics.items(), ("loss", result.loss)],
         )
         if trained.recorded and split == "validation" and "data" not in asked:
             _say(f"recorded by the run: {trained.recorded['metric']} {trained.recorded['value']:.4f}")
     return result
+
+
+def _own_rows(place: str, spec: DataSpec, split: str, trained: Trained) -> Dataset:
+    """Return the rows of a split of the data that a model was trained with."""
+    recipe, labels = trained.recipe, trained.labels
+    if split not in {"train", "validation"} and not (split == "test" and spec.test is not None):
+        return load_split(spec, split, labels, seed=recipe.training.seed, task=recipe.task)
+    splits = load_splits(spec, seed=recipe.training.seed, task=recipe.task)
+    if splits.labels != labels:
+        raise UserError(
+            f"{place}: the model knows the labels {', '.join(labels.names)}; its data now has "
+            f"{', '.join(splits.labels.names)}. Give the data it was trained with, or data=…"
+        )
+    rows: Dataset = getattr(splits, split)
+    return rows
+
+
+def _metrics(trained: Trained) -> list[str]:
+    """Return the names of the metrics to compute: those of the run."""
+    monitor = trained.recipe.monitor
+    names = list(dict.fromkeys([monitor.metric, *monitor.metrics, default_metric(trained.labels.kind)]))
+    foreign = [name for name in names if trained.repository and name.startswith(EVALUATE_PREFIX)]
+    if foreign:
+        # Such a metric is a script that would be fetched and run because a repository says so.
+        sys.stderr.write(f"note: {', '.join(foreign)} is left out: a recipe from the Hub may not run code\n")
+    return [name for name in names if name not in foreign]
+
+
+def _ready(trained: Trained, accelerator: Accelerator) -> nn.Module:
+    """Return the model where and how the run measured it, so that it gives the same numbers."""
+    model = trained.backbone.model.to(accelerator.device).eval()
+    if TASKS[trained.recipe.task].modality == "image":
+        model = model.to(memory_format=torch.channels_last)
+    return model
 
 
 def predict_inputs(
@@ -151,7 +244,7 @@ def predict_inputs(
         inputs, trained
     )
     accelerator = _accelerator(trained.recipe)
-    model = trained.backbone.model.to(accelerator.device).eval()
+    model = _ready(trained, accelerator)
     found: dict[int, list[float]] = {}
     with torch.no_grad():
         for batch in _loader(rows, trained, accelerator):
@@ -281,8 +374,10 @@ def _read_text(path: Path) -> str:
 
 def _loader(rows: Dataset, trained: Trained, accelerator: Accelerator) -> Any:
     dataset = EvalSet(rows, trained.labels, trained.backbone.input, max_length=trained.recipe.data.max_length)
+    training = trained.recipe.training
+    size = max(BATCH_SIZE, training.micro_batch_size or training.batch_size // accelerator.num_processes)
     return eval_loader(
-        dataset, batch_size=BATCH_SIZE, rank=accelerator.process_index, world=accelerator.num_processes
+        dataset, batch_size=size, rank=accelerator.process_index, world=accelerator.num_processes
     )
 
 

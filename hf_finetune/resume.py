@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Recipe keys that say where and how to run, not what comes out.
 FREE_KEYS = ("output", "hub", "trackers", "data.workers", "training.checkpoint", "training.max_hours")
+# What a revision means is compared instead: the backbone's commit, the data's content.
+_BY_COMMIT = ("backbone.revision", "data.revision")
 LENGTH_KEYS = ("training.epochs", "training.steps")
 """May grow: the run is then extended."""
 RESULT_PACKAGES = (
@@ -131,7 +133,7 @@ def _recipe_changes(run: Run, setup: Setup) -> Iterator[str]:
     grows = setup.timeline.total_steps >= run.status.get("total_steps", 0)
     chosen = {choice.key for choice in setup.choices if choice.key.startswith(("training.", "schedule."))}
     for key in sorted(was.keys() | now.keys()):
-        if was.get(key) == now.get(key) or key.startswith(FREE_KEYS):
+        if was.get(key) == now.get(key) or key.startswith((*FREE_KEYS, *_BY_COMMIT)):
             continue
         if grows and (key in LENGTH_KEYS or key in chosen):
             continue
@@ -152,6 +154,12 @@ def _fact_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
         before, after = _at(was, place), _at(now, place)
         if before is not None and before != after:
             yield f"{' '.join(place)}: was {before}, is {after}"
+    for part in ("backbone", "data"):
+        before, after = _at(was, (part, "commit")), _at(now, (part, "commit"))
+        same_content = _at(was, (part, "fingerprint")) == _at(now, (part, "fingerprint"))
+        # Rows are all that is taken from a data set; beside a backbone's weights there is a tokenizer or processor.
+        if before not in (None, after) and not (part == "data" and same_content):
+            yield f"{part} commit: was {before}, is {after}; set {part}.revision={before} to go on with that"
 
 
 def _free_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -160,6 +168,9 @@ def _free_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
         before = _at(was, ("versions", package))
         if package not in RESULT_PACKAGES and before is not None and before != version:
             yield f"{package} was {before}, is {version}; that does not change the result"
+    before, after = _at(was, ("data", "commit")), _at(now, ("data", "commit"))
+    if before not in (None, after) and _at(was, ("data", "fingerprint")) == _at(now, ("data", "fingerprint")):
+        yield f"data commit: was {before}, is {after}; the rows are the same"
     for name in ("cpu", "cores", "gpus"):
         before, after = _at(was, ("hardware", name)), _at(now, ("hardware", name))
         if before is not None and before != after:

@@ -157,6 +157,7 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     plans, notes = plan_phases(
         recipe.strategy.to_phases(backbone.anatomy), backbone.anatomy, float(recipe.optimizer.lr)
     )
+    notes = [*_found(backbone), *notes]
     reached = reachable(plans, timeline)
     if len(reached) < len(plans):
         notes.append(
@@ -180,6 +181,17 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         micro_batch_size,
         weights,
     )
+
+
+def _found(backbone: Backbone) -> list[str]:
+    """Return what to know of how the backbone was found."""
+    notes = [backbone.report.note] if backbone.report.note else []
+    if backbone.report.kept_head:
+        notes.append(
+            "the backbone's output layer is kept: it was trained on these labels "
+            "(backbone.keep_head=false starts a new one)"
+        )
+    return notes
 
 
 def _check_trackers(recipe: Recipe) -> None:

@@ -75,6 +75,8 @@ def finetune(
         return load_run(record.path)
     accelerator = start_accelerator(setup, record)
     share = 100 * setup.trainable_size / setup.total_size
+    for note in (*setup.splits.report.notes, *setup.notes):
+        progress.say(f"note: {note}")
     progress.say(f"{setup.trainable_size:,} of {setup.total_size:,} parameters train ({share:.3g} %)")
     with watched_signals() as signals, progress, record.closing(accelerator):
         try:

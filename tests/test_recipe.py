@@ -165,7 +165,7 @@ SOUND = [
     ("a foreign metric beside", "monitor: {metrics: [evaluate/meteor, f1_macro]}", ()),
     ("values", "data: {path: a.csv, labels: regression}\nbackbone: user/net\nmonitor: {metric: r2}", ()),
     ("random weights", "strategy: scratch\nbackbone: {pretrained: false}", ()),
-    ("pinned code", "backbone: {id: user/net, trust_remote_code: true, revision: 0a1b2c}", ()),
+    ("pinned code", "backbone: {id: user/net, trust_remote_code: true, revision: 0123456789abcdef0123456789abcdef01234567}", ()),
     ("text augmentation", "augment: [word_dropout]", TEXTS),
     ("a preset on texts", "augment: standard", TEXTS),
     ("label names that are numbers", "data: {path: user/set, class_weights: {0: 1.0, true: 2}}", ()),

@@ -19,6 +19,8 @@ class DataReport:
     """Meaning (image, text, text_pair, label) -> column of the source."""
     fingerprint: str
     """Hash of the rows used: equal data, equal fingerprint, wherever it lies."""
+    commit: str | None = None
+    """Of a Hub data set: the commit that was read."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Split role -> rows dropped under `on_error: skip`."""
     skipped_rows: tuple[str, ...] = ()

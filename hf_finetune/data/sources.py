@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +14,13 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets.naming import camelcase_to_snakecase
+from datasets.packaged_modules.cache.cache import Cache
 
 from hf_finetune import shipped
 from hf_finetune.data.spec import DataSpec
-from hf_finetune.errors import DataError, did_you_mean
+from hf_finetune.errors import DataError, FinetuneError, HubError, did_you_mean
+from hf_finetune.hub.fetch import COMMIT, Wanted, from_the_hub, hub_folder, pin, refusal, verify
 
 # an empty cell is a missing value; "NA", "None" and "null" are words that somebody may have written
 _CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
@@ -50,12 +55,15 @@ class Source:
     folder: Path | None = None
     """What relative image paths and file names are relative to."""
     notes: tuple[str, ...] = ()
+    commit: str | None = None
+    """Of a Hub data set: the commit that was read."""
 
 
 def open_source(spec: DataSpec) -> Source:
     """Find and open what `data.path` names, without decoding an image.
 
-    Raises DataError when it does not exist, cannot be reached or cannot be read.
+    Raises DataError when it does not exist or cannot be read, HubError when the Hub does not answer and the cache
+    does not hold it.
     """
     with _quiet():
         if isinstance(spec.path, list):
@@ -195,28 +203,83 @@ def _open_hub(spec: DataSpec) -> Source:
     path = str(spec.path)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix.lower() in FILE_BUILDERS:
         _existing(path)
+    wanted = Wanted(f"data '{path}'", path, "dataset", spec.revision)
+    name, notes = f"{path}@{spec.revision}" if spec.revision else path, list[str]()
+    began = time.time()
     try:
-        loaded = datasets.load_dataset(path, name=spec.config, revision=spec.revision)
+        pinned = pin(wanted)
+    except FinetuneError:
+        # `datasets` may have prepared it from files that have left the Hub's cache since.
+        if spec.revision or (found := _prepared(spec)) is None:
+            raise
+        notes.append(
+            f"data '{path}': the Hub cannot be asked; taken from the cache, commit {found.name[:12]}"
+        )
+        return Source(name, _read_prepared(path, found), notes=tuple(notes), commit=found.name)
+    if pinned.unreachable:
+        if (found := _prepared(spec, pinned.commit)) is None:
+            raise refusal(wanted, pinned.unreachable)
+        notes.append(str(pinned.note))
+        return Source(name, _read_prepared(path, found), notes=tuple(notes), commit=pinned.commit)
+    try:
+        builder = datasets.load_dataset_builder(path, name=spec.config, revision=pinned.commit)
+        if builder.hash != pinned.commit:  # where the Hub falters, `datasets` takes whatever commit it has
+            raise ConnectionError("the Hub stopped answering")
+        builder.download_and_prepare()
+        loaded: Any = builder.as_dataset()
+        verify(wanted, hub_folder(wanted), since=began)
+    except HubError:
+        shutil.rmtree(builder.cache_dir, ignore_errors=True)
+        raise
     except Exception as error:
-        raise DataError(f"data '{path}': {_hub_problem(spec, error)}") from error
-    return Source(f"{path}@{spec.revision}" if spec.revision else path, dict(loaded))
+        verify(wanted, hub_folder(wanted), since=began)
+        if (found := _prepared(spec, pinned.commit)) is not None and from_the_hub(error):
+            notes.append(
+                f"data '{path}': the Hub stopped answering; taken from the cache, commit {found.name[:12]}"
+            )
+            return Source(name, _read_prepared(path, found), notes=tuple(notes), commit=pinned.commit)
+        raise _hub_problem(spec, wanted, error) from error
+    return Source(name, dict(loaded), notes=tuple(notes), commit=pinned.commit)
 
 
-def _hub_problem(spec: DataSpec, error: Exception) -> str:
-    name, text = type(error).__name__, str(error)
-    if isinstance(error, ConnectionError) or "Offline" in name or "Couldn't reach" in text:
-        why = " (HF_HUB_OFFLINE is set)" if datasets.config.HF_HUB_OFFLINE else ""
-        return (
-            f"no file or folder of that name is here, and the Hub cannot be reached{why}. "
-            "Check the path, or connect and try again; what was loaded once is found in the cache without "
-            "the Hub."
+def _prepared(spec: DataSpec, commit: str = "*") -> Path | None:
+    """Return the folder in which `datasets` keeps a Hub data set at a commit, the newest one for any; None without one.
+
+    Raises DataError when it holds several configurations and none is named.
+    """
+    user, slash, name = str(spec.path).rpartition("/")
+    home = (
+        Path(datasets.config.HF_DATASETS_CACHE)
+        / f"{user}{'___' if slash else ''}{camelcase_to_snakecase(name)}"
+    )
+    found = [
+        folder
+        for folder in home.glob(f"{spec.config or '*'}/*/{commit}")
+        if COMMIT.fullmatch(folder.name) and (folder / "dataset_info.json").is_file()
+    ]
+    configs = sorted({folder.parts[-3] for folder in found})
+    if spec.config is None and len(configs) > 1:
+        raise DataError(
+            f"data '{spec.path}': it needs a configuration. It has {configs}. Name one in data.config."
         )
-    if name == "DatasetNotFoundError":
-        at = f" at revision '{spec.revision}'" if spec.revision else ""
-        return (
-            f"no file or folder of that name is here, and the Hub has no data set of that name{at} that you "
-            "may read. Check the spelling; for a private or gated one log in with `hf auth login`."
-        )
+    return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def _read_prepared(path: str, folder: Path) -> dict[str, Dataset]:
+    builder = Cache(
+        repo_id=path,
+        dataset_name=path.rpartition("/")[2],
+        config_name=folder.parts[-3],
+        version=folder.parts[-2],
+        hash=folder.name,
+    )
+    builder.download_and_prepare()
+    loaded: Any = builder.as_dataset()
+    return dict(loaded)
+
+
+def _hub_problem(spec: DataSpec, wanted: Wanted, error: Exception) -> FinetuneError:
+    path, text = wanted.id, str(error)
     if "Config name is missing" in text or "BuilderConfig" in text:
         listed = re.search(r"\[.*?\]", text, flags=re.DOTALL)
         there = f" It has {listed[0]}." if listed else ""
@@ -225,8 +288,20 @@ def _hub_problem(spec: DataSpec, error: Exception) -> str:
             if spec.config is None
             else f"there is no configuration '{spec.config}'"
         )
-        return f"{asked}.{there} Name one in data.config."
-    return f"it could not be loaded: {_first_line(error)}"
+        return DataError(f"data '{path}': {asked}.{there} Name one in data.config.")
+    if isinstance(error, datasets.exceptions.DataFilesNotFoundError | datasets.data_files.EmptyDatasetError):
+        return DataError(
+            f"data '{path}': this repository holds no file that `datasets` reads. Expected are parquet, csv, json or "
+            "image files."
+        )
+    if "scripts are no longer supported" in text:
+        return DataError(
+            f"data '{path}': it comes as a script, which is not run. Take its parquet export, if it has one: "
+            "`data.revision: refs/convert/parquet`."
+        )
+    if from_the_hub(error):
+        return refusal(wanted, error)
+    return DataError(f"data '{path}': it could not be loaded: {_first_line(error.__cause__ or error)}")
 
 
 def _existing(path: str) -> Path:

@@ -91,6 +91,7 @@ def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto") -> Splits:
     ]
     report = DataReport(
         source=source.name,
+        commit=source.commit,
         rows={role: len(rows) for role, rows in splits.items()},
         class_counts={
             role: dict(zip(labels.names, counts, strict=False)) for role, counts in class_rows.items()

@@ -61,6 +61,10 @@ class LoadReport:
     """Share of the backbone's parameters that were filled, by number of elements, the head left out."""
     source: str
     """Where the weights came from."""
+    note: str | None = None
+    """What a run should say of how it was found: that the Hub's cache stood in for the Hub."""
+    kept_head: bool = False
+    """The checkpoint's own output layer goes on: it was trained on the same labels."""
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,31 @@ transformers is imported when a backbone of it is loaded: a timm model needs non
 
 from __future__ import annotations
 
+import json
+import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from timm.layers import set_reentrant_ckpt
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from hf_finetune.data.labels import Labels
 from hf_finetune.errors import ModelError
+from hf_finetune.hub.fetch import COMMIT
 from hf_finetune.models import load_timm
 from hf_finetune.models.anatomies import module_groups, output_layers, timm_anatomy, transformers_anatomy
 from hf_finetune.models.anatomy import HEAD, Anatomy
 from hf_finetune.models.backbone import Backbone, ImageInput, LoadReport, Modality, TextInput
 from hf_finetune.models.inputs import load_processor, load_text_input, processor_input, timm_input
+from hf_finetune.models.layout import CONFIG, WEIGHTS
 from hf_finetune.models.load_timm import Loading
 from hf_finetune.models.source import Source, expected_modality, find_source
 from hf_finetune.models.spec import BackboneSpec
@@ -49,13 +58,18 @@ def load_backbone(spec: BackboneSpec, labels: Labels, modality: Modality, *, see
     Raises:
         ModelError: it cannot be found, does not read `modality`, or the checkpoint fills too little of it.
     """
-    if spec.trust_remote_code and not spec.revision and not Path(spec.id).expanduser().is_dir():
+    pinned = COMMIT.fullmatch(spec.revision or "") or Path(spec.id).expanduser().is_dir()
+    if spec.trust_remote_code and not pinned:
         raise ModelError(
             f"backbone '{spec.id}': trust_remote_code runs code from the repository, so name the version "
-            "you have read: set `backbone.revision` to a commit."
+            "you have read: set `backbone.revision` to a commit, all 40 digits of it."
         )
     source = find_source(spec)
-    with seeded(seed):
+    with seeded(seed), TemporaryDirectory(prefix="hf-finetune-") as aside:
+        if source.base is not None:
+            source = _merged_into_base(spec, source, modality, Path(aside))
+        elif source.pickle is not None:
+            source = _unpickled(spec, source, Path(aside))
         if source.library == "timm":
             return _load_timm(spec, source, labels, modality)
         return _load_transformers(spec, source, labels, modality)
@@ -118,12 +132,12 @@ def _load_timm(spec: BackboneSpec, source: Source, labels: Labels, modality: Mod
         raise ModelError(
             f"{where}: timm's '{source.architecture}' reads images, the task gives texts. {_OTHER_TASK}"
         )
-    model, loading = load_timm.build(spec, source, labels)
+    model, loading, keeps_outputs = load_timm.build(spec, source, labels)
     read = timm_input(where, model)
     outputs = output_layers(where, model, labels.outputs)
     new = _new(spec, model, loading)
     anatomy = timm_anatomy(model, outputs, new=new)
-    report = _report(spec, source, model, anatomy, loading)
+    report = _report(spec, source, model, anatomy, loading, kept_head=spec.pretrained and keeps_outputs)
     _start_outputs(spec, outputs, new)
     return Backbone(model.eval(), "timm", anatomy, read, report, source.as_dict())
 
@@ -137,7 +151,8 @@ def _load_transformers(spec: BackboneSpec, source: Source, labels: Labels, modal
         raise ModelError(
             f"{where}: '{source.architecture}' reads {expected}s, the task gives {modality}s. {_OTHER_TASK}"
         )
-    assert source.folder is not None
+    folder = source.readable
+    assert folder is not None
     model, loading, keeps_outputs = load_transformers.build(spec, source, labels, modality)
     outputs = output_layers(where, model, labels.outputs)
     if spec.pretrained and not keeps_outputs:
@@ -149,15 +164,86 @@ def _load_transformers(spec: BackboneSpec, source: Source, labels: Labels, modal
     processor = None
     read: ImageInput | TextInput
     if modality == "image":
-        processor = load_processor(where, source.folder, trust_remote_code=spec.trust_remote_code)
+        processor = load_processor(where, folder, trust_remote_code=spec.trust_remote_code)
         read = processor_input(where, processor, image_size=spec.options.get("image_size"))
     else:
-        read = load_text_input(where, source.folder, model, trust_remote_code=spec.trust_remote_code)
+        read = load_text_input(where, folder, model, trust_remote_code=spec.trust_remote_code)
     new = _new(spec, model, loading)
     anatomy = transformers_anatomy(model, outputs, new=new, text=modality == "text")
-    report = _report(spec, source, model, anatomy, loading)
+    report = _report(spec, source, model, anatomy, loading, kept_head=spec.pretrained and keeps_outputs)
     _start_outputs(spec, outputs, new)
     return Backbone(model.eval(), "transformers", anatomy, read, report, source.as_dict(), processor)
+
+
+def _merged_into_base(spec: BackboneSpec, source: Source, modality: Modality, folder: Path) -> Source:
+    """Write the adapter `source`, merged into its base model, to `folder` as the plain network it stands for.
+
+    Raises:
+        ModelError: the base model cannot be had, or the adapter does not fit it or cannot be merged.
+    """
+    import peft
+
+    assert source.base is not None
+    where = f"backbone '{spec.id}'"
+    labels = _labels_of(where, source)
+    try:
+        base = load_backbone(source.base, labels, modality, seed=0)
+    except ModelError as error:
+        raise ModelError(
+            f"{where}: it is an adapter, and its base model cannot be loaded. {str(error)[0].upper()}{str(error)[1:]}"
+        ) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they speak of peft's own options
+            shell: Any = peft.PeftModel.from_pretrained(base.model, str(source.folder), torch_device="cpu")
+            model = shell.merge_and_unload()
+    except Exception as error:
+        raise ModelError(
+            f"{where}: this adapter cannot be merged into its base model '{source.base.id}': "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}. Start from the base model, or from a run with "
+            "`strategy.merge: true`."
+        ) from error
+    save_backbone(replace(base, model=model), folder, labels)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return replace(source, library=base.library, config=config, prepared=folder)
+
+
+def _labels_of(where: str, source: Source) -> Labels:
+    """Return the labels that the config of a trained model names."""
+    names = load_timm.label_names(source.config) or ()
+    if not names and (stored := source.config.get("id2label")):
+        names = tuple(str(stored[key]) for key in sorted(stored, key=int))
+    if not names:
+        raise ModelError(
+            f"{where}: it is an adapter whose {CONFIG} names no labels. Merge it into its base model with peft "
+            "(`merge_and_unload`, then `save_pretrained`) and give the folder that makes."
+        )
+    kinds = {problem: kind for kind, problem in load_timm.PROBLEM_TYPES.items()}
+    return Labels(kinds.get(source.config.get("problem_type"), "single"), names)  # type: ignore[arg-type]
+
+
+def _unpickled(spec: BackboneSpec, source: Source, folder: Path) -> Source:
+    """Write the weights in a pickle to `folder` as safetensors, with what lies beside them; no code in it is run.
+
+    Raises:
+        ModelError: it holds more than tensors, or cannot be read.
+    """
+    assert source.folder is not None
+    assert source.pickle is not None
+    where = f"backbone '{spec.id}'"
+    try:
+        tensors = load_state_dict(str(source.folder / source.pickle), weights_only=True)
+        plain = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    except Exception as error:
+        raise ModelError(
+            f"{where}: {source.pickle} holds more than tensors, or is damaged, and is not read: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]} Convert it to safetensors where you trust it."
+        ) from None
+    for beside in source.folder.iterdir():
+        if beside.is_file() and not beside.name.endswith((".safetensors", source.pickle)):
+            shutil.copyfile(beside, folder / beside.name)
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    return replace(source, prepared=folder)
 
 
 _OTHER_TASK = "Take a backbone for the task's kind of data, or the task for the backbone's."
@@ -169,7 +255,13 @@ def _new(spec: BackboneSpec, model: nn.Module, loading: Loading) -> frozenset[st
 
 
 def _report(
-    spec: BackboneSpec, source: Source, model: nn.Module, anatomy: Anatomy, loading: Loading
+    spec: BackboneSpec,
+    source: Source,
+    model: nn.Module,
+    anatomy: Anatomy,
+    loading: Loading,
+    *,
+    kept_head: bool,
 ) -> LoadReport:
     """Return the load report.
 
@@ -178,7 +270,7 @@ def _report(
     """
     tensors = list(model.state_dict())
     if not spec.pretrained:
-        return LoadReport(0, (), (), tuple(tensors), (), 0.0, f"random weights, {source}")
+        return LoadReport(0, (), (), tuple(tensors), (), 0.0, f"random weights, {source}", source.note)
     homes = module_groups(model, anatomy)
     parameters_of_head = anatomy.names_in({HEAD})
 
@@ -202,6 +294,8 @@ def _report(
         unexpected=tuple(loading.unexpected),
         share=share,
         source=str(source),
+        note=source.note,
+        kept_head=kept_head,
     )
     if share < spec.min_loaded:
         raise ModelError(_too_little(spec, report))

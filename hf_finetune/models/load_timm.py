@@ -19,7 +19,8 @@ from hf_finetune.data.labels import Labels
 from hf_finetune.errors import ModelError
 from hf_finetune.models.anatomies import output_layers
 from hf_finetune.models.backbone import ImageInput
-from hf_finetune.models.source import CONFIG, WEIGHTS, Source
+from hf_finetune.models.layout import CONFIG, WEIGHTS
+from hf_finetune.models.source import Source, again
 from hf_finetune.models.spec import BackboneSpec
 
 
@@ -33,8 +34,8 @@ class Loading:
     unexpected: list[str] = field(default_factory=list)
 
 
-def build(spec: BackboneSpec, source: Source, labels: Labels) -> tuple[nn.Module, Loading]:
-    """Return the model with an output layer for `labels`, and what was loaded.
+def build(spec: BackboneSpec, source: Source, labels: Labels) -> tuple[nn.Module, Loading, bool]:
+    """Return the model with an output layer for `labels`, what was loaded, and whether that layer was kept.
 
     The checkpoint's output layer is kept only when it was trained on the same label names in the same order.
 
@@ -47,8 +48,8 @@ def build(spec: BackboneSpec, source: Source, labels: Labels) -> tuple[nn.Module
             f"{where}: options.num_classes: {spec.options['num_classes']} is given, but the data's labels "
             f"decide it ({labels.outputs}). Remove it."
         )
-    name = f"local-dir:{source.folder}" if source.folder else source.architecture
-    keeps_outputs = label_names(source.config) == labels.names
+    name = f"local-dir:{source.readable}" if source.readable else source.architecture
+    keeps_outputs = spec.keep_head and knows(source.config, labels)
     loading = Loading()
     try:
         with _watched(loading, None if keeps_outputs else (where, labels.outputs)):
@@ -57,7 +58,7 @@ def build(spec: BackboneSpec, source: Source, labels: Labels) -> tuple[nn.Module
             )
     except SafetensorError as error:
         raise ModelError(
-            f"{where}: {source.folder}/{WEIGHTS} cannot be read ({error}). Fetch or save it again."
+            f"{where}: {source.readable}/{WEIGHTS} cannot be read ({error}). {again(source)}"
         ) from None
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         options = f" with options {spec.options}" if spec.options else ""
@@ -70,7 +71,15 @@ def build(spec: BackboneSpec, source: Source, labels: Labels) -> tuple[nn.Module
             )
         ) from None
     assert loading.happened or not spec.pretrained, "timm loads weights by the model's load_state_dict"
-    return model, loading
+    return model, loading, keeps_outputs
+
+
+def knows(config: dict[str, Any], labels: Labels) -> bool:
+    """Return whether a timm config.json says that the outputs are these labels, of this kind."""
+    return label_names(config) == labels.names and config.get("problem_type") in (
+        None,
+        PROBLEM_TYPES[labels.kind],
+    )
 
 
 def label_names(config: dict[str, Any]) -> tuple[str, ...] | None:

@@ -21,7 +21,7 @@ from hf_finetune.data.labels import Labels
 from hf_finetune.errors import ModelError, did_you_mean
 from hf_finetune.models.backbone import Modality
 from hf_finetune.models.load_timm import PROBLEM_TYPES, Loading
-from hf_finetune.models.source import Source
+from hf_finetune.models.source import Source, again
 from hf_finetune.models.spec import BackboneSpec
 
 _AUTO: dict[str, Any] = {"image": AutoModelForImageClassification, "text": AutoModelForSequenceClassification}
@@ -61,7 +61,7 @@ def build(
             if not spec.pretrained:
                 return auto.from_config(config, **options), loading, False
             model, info = auto.from_pretrained(
-                source.folder,
+                source.readable,
                 config=config,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -69,7 +69,7 @@ def build(
                 **options,
             )
     except SafetensorError as error:
-        raise ModelError(f"{where}: its weights cannot be read ({error}). Save them again.") from None
+        raise ModelError(f"{where}: its weights cannot be read ({error}). {again(source)}") from None
     # The constructors of hundreds of architectures fail in as many ways; options are why they do.
     except Exception as error:
         given = f" with options {spec.options}" if spec.options else ""
@@ -127,7 +127,7 @@ def _config(where: str, spec: BackboneSpec, source: Source, labels: Labels) -> t
         if key in spec.options:
             raise ModelError(f"{where}: options.{key} is given, but {decider}. Remove it.")
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=spec.trust_remote_code)
+        config = AutoConfig.from_pretrained(source.readable, trust_remote_code=spec.trust_remote_code)
     except Exception as error:
         if hint := _remote_hint(spec, source):
             raise ModelError(
@@ -148,8 +148,10 @@ def _config(where: str, spec: BackboneSpec, source: Source, labels: Labels) -> t
         except Exception as error:
             raise ModelError(f"{where}: options.{key}: {value!r} does not do. {_said(error)}") from error
     stored = tuple(config.id2label[index] for index in sorted(config.id2label or {}))
+    kind = source.config.get("problem_type")
     _describe(config, labels)
-    return config, "id2label" in source.config and stored == labels.names
+    same = "id2label" in source.config and stored == labels.names and kind in (None, config.problem_type)
+    return config, spec.keep_head and same
 
 
 def _describe(config: Any, labels: Labels) -> None:

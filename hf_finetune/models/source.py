@@ -7,27 +7,29 @@ This module is light: timm and huggingface_hub are imported when an id needs the
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_finetune import shipped
 from hf_finetune.errors import ModelError, did_you_mean
+from hf_finetune.hub.fetch import Pinned, Wanted, download, pin
 from hf_finetune.models.backbone import Library, Modality
+from hf_finetune.models.layout import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    RECIPE,
+    WEIGHTS,
+    allowed_pickle,
+    base_of,
+    file_names,
+    has_weights,
+    read_config,
+)
 from hf_finetune.models.spec import BackboneSpec
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-_SHARDED_WEIGHTS = "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack")
-_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md", RECIPE)
 _WEIGHT_FILES = (WEIGHTS, "model-*-of-*.safetensors", "adapter_model.safetensors")
-_CONVERT = (
-    "Convert them to safetensors (`save_pretrained` of transformers does it, or "
-    "https://huggingface.co/spaces/safetensors/convert), or take a revision that has them."
-)
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,28 @@ class Source:
     """None when timm's registry knows the architecture and no weights are wanted."""
     revision: str | None = None
     commit: str | None = None
+    note: str | None = None
+    """What a run should say of how it was found."""
+    base: BackboneSpec | None = None
+    """Of an adapter: the backbone it belongs on."""
+    pickle: str | None = None
+    """The file that holds the weights where they are not safetensors."""
+    prepared: Path | None = None
+    """A folder that any loader reads: an adapter merged into its base, or weights that were a pickle."""
 
     def __str__(self) -> str:
         if self.commit:
             return f"{self.id}@{self.commit[:12]}"
         return str(self.folder or f"timm's registry, {self.architecture}")
 
+    @property
+    def readable(self) -> Path | None:
+        """The folder to load from."""
+        return self.prepared or self.folder
+
     def as_dict(self) -> dict[str, Any]:
         """Return what a run records about it."""
-        return {
+        found: dict[str, Any] = {
             "id": self.id,
             "library": self.library,
             "architecture": self.architecture,
@@ -60,21 +75,26 @@ class Source:
             "revision": self.revision,
             "commit": self.commit,
         }
+        if self.base is not None:
+            found["adapter_of"] = {"id": self.base.id, "revision": self.base.revision}
+        return found
 
 
 def find_source(spec: BackboneSpec) -> Source:
     """Find the backbone a spec names; fetches from the Hub what its cache lacks.
 
     Raises:
-        ModelError: nothing is there, a file is missing or not allowed, or the Hub does not answer.
+        ModelError: nothing is there, a file is missing or not allowed.
+        HubError: the Hub does not answer, and the cache lacks it.
     """
+    where = f"backbone '{spec.id}'"
     if spec.id.startswith("shipped/"):
-        return _from_folder(spec, shipped.backbone_folder(spec.id.removeprefix("shipped/")))
+        return _from_folder(where, spec, shipped.backbone_folder(spec.id.removeprefix("shipped/")))
     path = Path(spec.id).expanduser()
     if path.is_dir():
-        return _from_folder(spec, path)
+        return _from_folder(where, spec, path)
     if _names_a_path(spec.id):
-        raise ModelError(f"backbone '{spec.id}': there is no such folder.{_near_folder(path)} {_ALLOWED}")
+        raise ModelError(f"{where}: there is no such folder.{_near_folder(path)} {_ALLOWED}")
     hub_id = spec.id
     if "/" not in hub_id or hub_id.startswith("timm/"):
         architecture = _registered(spec)
@@ -82,28 +102,40 @@ def find_source(spec: BackboneSpec) -> Source:
             return Source(spec.id, "timm", architecture, {}, None)
         if architecture and "/" not in hub_id:
             hub_id = _published_as(spec, architecture)
-    folder = _fetch(spec, hub_id)
-    return _from_folder(spec, folder, hub_id=hub_id)
+    pinned, folder = _fetch(where, spec, hub_id)
+    return _from_folder(where, spec, folder, pinned)
 
 
-def find_trained(place: str) -> Path:
-    """Return the folder of a trained model or adapter: a local one, or a Hub repository's in the Hub's cache.
+def find_trained(place: str) -> tuple[Path, Pinned | None]:
+    """Return the folder of a trained model or adapter, and its repository if it comes from the Hub.
+
+    Args:
+        place: a local folder, or `user/name`, or `user/name@revision`.
 
     Raises:
         ModelError: nothing is there.
+        HubError: the Hub does not answer, and the cache lacks it.
     """
     path = Path(place).expanduser()
     if path.is_dir():
-        folder = path
-    elif _names_a_path(place) or place.startswith("shipped/"):
+        pinned, folder, spec = None, path, BackboneSpec(id=place)
+    elif _names_a_path(place.partition("@")[0]) or place.startswith("shipped/"):
         found = find_source(BackboneSpec(id=place)).folder
         assert found is not None, "pretrained weights have a folder"
-        return found
+        return found, None
     else:
-        folder = _fetch(BackboneSpec(id=place), place)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        _from_folder(BackboneSpec(id=place), folder, hub_id=None if folder == path else place)
-    return folder
+        name, _, revision = place.partition("@")
+        spec = BackboneSpec(id=name, revision=revision or None) if name else BackboneSpec(id=place)
+        pinned, folder = _fetch(f"'{place}'", spec, spec.id)
+    _from_folder(f"'{place}'", spec, folder, pinned)
+    return folder, pinned
+
+
+def again(source: Source) -> str:
+    """Return what to do about weights that cannot be read."""
+    if source.commit and source.folder:
+        return f"Its copy in the Hub's cache is damaged: remove {source.folder.parents[1]} and run again."
+    return "Save them again."
 
 
 def expected_modality(spec: BackboneSpec) -> Modality | None:
@@ -162,14 +194,19 @@ def _near_folder(path: Path) -> str:
     return did_you_mean(path.name, (p.name for p in parent.iterdir() if p.is_dir()))
 
 
-def _from_folder(spec: BackboneSpec, folder: Path, *, hub_id: str | None = None) -> Source:
-    where = f"backbone '{spec.id}'"
-    if spec.revision and not hub_id:
+def _from_folder(where: str, spec: BackboneSpec, folder: Path, pinned: Pinned | None = None) -> Source:
+    if spec.revision and not pinned:
         raise ModelError(
             f"{where}: `revision` is '{spec.revision}', but a folder has no revisions, only a Hub id has. "
             "Remove it."
         )
-    config = _read_config(where, folder)
+    files = file_names(folder, pinned)
+    if ADAPTER_CONFIG in files and CONFIG not in files:
+        raise ModelError(
+            f"{where}: it is an adapter without a {CONFIG} beside it, so its labels are unknown. Merge it into its "
+            "base model (peft's `merge_and_unload`, then `save_pretrained`) and give the folder that makes."
+        )
+    config = read_config(where, folder, pinned)
     if "architecture" in config:
         library, architecture = "timm", str(config["architecture"])
     elif "model_type" in config:
@@ -179,47 +216,23 @@ def _from_folder(spec: BackboneSpec, folder: Path, *, hub_id: str | None = None)
             f"{where}: its {CONFIG} names neither a timm `architecture` nor a transformers `model_type`. "
             "Give a folder or repository saved by one of the two libraries."
         )
-    if spec.pretrained:
-        _require_weights(where, folder, library)
-    commit = folder.name if hub_id else None
-    return Source(hub_id or spec.id, library, architecture, config, folder, spec.revision, commit)  # type: ignore[arg-type]
-
-
-def _read_config(where: str, folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
-    if not file.is_file():
-        inner = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
-        hint = f" Its sub-folder '{inner[0]}' has one: name that." if inner else ""
-        raise ModelError(
-            f"{where}: {folder} holds no {CONFIG}.{hint} A folder in Hub layout holds {CONFIG} and {WEIGHTS} "
-            "(timm's `save_for_hf`, transformers' `save_pretrained`)."
-        )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{where}: {file} cannot be read as JSON ({error}). Save the model again.") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{where}: {file} is not a JSON object. Save the model again.")
-    return config
-
-
-def _require_weights(where: str, folder: Path, library: str) -> None:
-    if (folder / WEIGHTS).is_file() or (library == "transformers" and (folder / _SHARDED_WEIGHTS).is_file()):
-        return
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise ModelError(
-            f"{where}: it is an adapter, not a backbone. Start from its base model (`base_model_name_or_path` in its "
-            f"{ADAPTER_CONFIG}), or train with `merge: true` to get a model to start from."
-        )
-    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"{where}: its weights are in {pickles[0]}, a format that can run code when it is read; "
-            f"only safetensors are loaded. {_CONVERT}"
-        )
-    raise ModelError(
-        f"{where}: {folder} holds no {WEIGHTS}. Weights in other formats are not loaded. {_CONVERT} "
-        "For random weights set `backbone.pretrained: false`."
+    base, pickle = None, None
+    if spec.pretrained and not has_weights(where, folder, library):
+        if ADAPTER_CONFIG in files:
+            base = base_of(where, folder, spec)
+        else:
+            pickle = allowed_pickle(where, spec, folder, files, pinned)
+    return Source(
+        pinned.wanted.id if pinned else spec.id,
+        library,  # type: ignore[arg-type]
+        architecture,
+        config,
+        folder,
+        spec.revision,
+        pinned.commit if pinned else None,
+        pinned.note if pinned else None,
+        base,
+        pickle,
     )
 
 
@@ -254,69 +267,17 @@ def _published_as(spec: BackboneSpec, name: str) -> str:
     return f"{repository}{cfg.architecture}{tag}" if repository.endswith("/") else repository
 
 
-def _fetch(spec: BackboneSpec, hub_id: str) -> Path:
-    """Return the folder of a Hub repository's files in the Hub's cache, fetched when they are not there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    where = f"backbone '{spec.id}'"
-    patterns = [
-        *_SMALL_FILES,
-        *(_WEIGHT_FILES if spec.pretrained else ()),
-        *(["*.py"] if spec.trust_remote_code else ()),
-    ]
-    try:
-        return Path(
-            snapshot_download(
-                hub_id, revision=spec.revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-            )
-        )
-    except HFValidationError:
-        raise ModelError(
-            f"{where}: this is no folder and no valid Hub id.{_near_folder(Path(spec.id))} {_ALLOWED}"
-        ) from None
-    except GatedRepoError:
-        raise ModelError(
-            f"{where}: the repository is gated. Accept its terms on https://huggingface.co/{hub_id}, "
-            "then log in with `hf auth login`."
-        ) from None
-    except RevisionNotFoundError:
-        raise ModelError(
-            f"{where}: the repository has no revision '{spec.revision}'. "
-            "Give a branch, tag or commit of it, or leave `backbone.revision` out."
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"{where}: there is no such folder here and no such repository on the Hub "
-            f"(or it is private: `hf auth login`).{_near_name(spec)} {_ALLOWED}"
-        ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        # The Hub's client tells "offline by choice" and "no network" apart only by this variable.
-        offline = next(
-            (v for v in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_on(os.environ.get(v))), None
-        )
-        if offline:
-            problem = f"{offline}={os.environ[offline]} is set and it is not in the Hub's cache"
-            remedy = f"Unset {offline} to fetch it once"
-        else:
-            problem = f"it is not in the Hub's cache and the Hub cannot be reached ({type(error).__name__})"
-            remedy = "Check the network and run again"
-        raise ModelError(
-            f"{where}: there is no such folder here, {problem}.{_near_name(spec)} {remedy}, or name a local "
-            f"folder or a shipped backbone ({', '.join('shipped/' + name for name in shipped.BACKBONES)})."
-        ) from None
+def _fetch(where: str, spec: BackboneSpec, hub_id: str) -> tuple[Pinned, Path]:
+    """Return a Hub repository and the folder of its files in the Hub's cache, fetched when they are not there."""
+    pinned = pin(Wanted(where, hub_id, "model", spec.revision, hint=lambda: _hint(spec)))
+    weights = [*_WEIGHT_FILES, *([spec.allow_pickle] if spec.allow_pickle else [])]
+    code = ["*.py"] if spec.trust_remote_code else []
+    return pinned, download(pinned, [*_SMALL_FILES, *(weights if spec.pretrained else []), *code])
 
 
-def _is_on(value: str | None) -> bool:
-    return value is not None and value.upper() in {"1", "ON", "YES", "TRUE"}
+def _hint(spec: BackboneSpec) -> str:
+    shipped_ones = ", ".join(f"shipped/{name}" for name in shipped.BACKBONES)
+    return f"{_near_name(spec)} {_ALLOWED} Shipped are {shipped_ones}."
 
 
 def _near_name(spec: BackboneSpec) -> str:

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from hf_finetune.spec import Spec
 
+PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
+"""Weights files of torch that are not safetensors."""
 HeadInit = Literal["zero", "library"]
 
 
@@ -26,5 +28,9 @@ class BackboneSpec(Spec):
     """`zero` starts the new output layer at zero, so the first loss is ln(classes); `library` keeps the library's."""
     min_loaded: float = Field(0.9, ge=0, le=1)
     """Smallest share of the backbone's parameters the checkpoint must fill."""
+    keep_head: bool = True
+    """Keep an output layer that was trained on the same labels in the same order; false starts a new one."""
     trust_remote_code: bool = False
-    """Run modelling code that comes with a Hub repository; needs `revision`."""
+    """Run modelling code that comes with a Hub repository; `revision` then is the whole commit that was read."""
+    allow_pickle: str | None = None
+    """A weights file that is not safetensors, by its exact name (`pytorch_model.bin`); no code in it is run."""
