@@ -85,8 +85,13 @@ def pin(wanted: Wanted) -> Pinned:
         HubError: the Hub does not answer, and the cache does not know the commit.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(wanted.id)
+    except HFValidationError as error:
+        raise refusal(wanted, error) from None
     away = OfflineModeIsEnabled() if offline(wanted.kind) else None
 
     def ask() -> str:
@@ -122,7 +127,7 @@ def download(pinned: Pinned, patterns: list[str]) -> Path:
         UserError: this token may not read it, or the commit does not exist.
         HubError: the Hub does not answer, what it sent is damaged, or the disk is full.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import ResolvedRevision, snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError
 
     def fetch() -> str:
@@ -130,7 +135,7 @@ def download(pinned: Pinned, patterns: list[str]) -> Path:
             return snapshot_download(
                 pinned.wanted.id,
                 repo_type=pinned.wanted.kind,
-                revision=pinned.commit,
+                revision=ResolvedRevision(pinned.commit, pinned.wanted.revision),
                 allow_patterns=patterns,
                 ignore_patterns=["*/*"],
                 local_files_only=pinned.unreachable is not None,

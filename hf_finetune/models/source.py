@@ -287,4 +287,4 @@ def _near_name(spec: BackboneSpec) -> str:
 
     bare = "/" not in spec.id
     known = timm.list_models() if bare else [f"timm/{name}" for name in timm.list_pretrained()]
-    return did_you_mean(spec.id, known)
+    return "" if spec.id in known else did_you_mean(spec.id, known)
