@@ -16,6 +16,7 @@ import datasets
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.cache.cache import Cache
+from huggingface_hub import HfApi
 
 from hf_finetune import shipped
 from hf_finetune.data.spec import DataSpec
@@ -221,6 +222,8 @@ def _open_hub(spec: DataSpec) -> Source:
             raise refusal(wanted, pinned.unreachable)
         notes.append(str(pinned.note))
         return Source(name, _read_prepared(path, found), notes=tuple(notes), commit=pinned.commit)
+    if (found := _prepared(spec.model_copy(update={"config": spec.config or "default"}), pinned.commit)) is not None:
+        return Source(name, _read_prepared(path, found), commit=pinned.commit)
     try:
         builder = datasets.load_dataset_builder(path, name=spec.config, revision=pinned.commit)
         if builder.hash != pinned.commit:  # where the Hub falters, `datasets` takes whatever commit it has
@@ -299,6 +302,11 @@ def _hub_problem(spec: DataSpec, wanted: Wanted, error: Exception) -> FinetuneEr
             f"data '{path}': it comes as a script, which is not run. Take its parquet export, if it has one: "
             "`data.revision: refs/convert/parquet`."
         )
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):  # it does not keep what the Hub said
+        try:
+            HfApi().auth_check(path, repo_type="dataset")
+        except Exception as refused:
+            return refusal(wanted, refused)
     if from_the_hub(error):
         return refusal(wanted, error)
     return DataError(f"data '{path}': it could not be loaded: {_first_line(error.__cause__ or error)}")
