@@ -30,7 +30,7 @@ from hf_finetune.models.source import ADAPTER_CONFIG, find_trained
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import Recipe, load_recipe
 from hf_finetune.report.tables import print_table
-from hf_finetune.runfolder import load_run
+from hf_finetune.runfolder import MODEL, RECIPE, STATUS, load_run
 from hf_finetune.setup import process_state
 from hf_finetune.tasks import TASKS
 from hf_finetune.tasks.loss import probabilities
@@ -60,20 +60,23 @@ def load_trained(place: str) -> Trained:
         UserError: there is no such run, or it holds no model or no recipe.
         ModelError: the model cannot be loaded.
     """
-    path, recorded = Path(place), None
-    if (path / "run.json").is_file():
+    path, recorded, recipe_file = Path(place), None, None
+    if path.name == MODEL and (path.parent / STATUS).is_file():
+        path = path.parent  # the run's own recipe knows where its data lies, the one to be published does not
+    if (path / STATUS).is_file():
         run = load_run(path)
         if not run.model_folder.is_dir():
             raise UserError(f"{place}: this run kept no model (status {run.status.get('status')}).")
-        folder, recorded = run.model_folder, run.best
+        folder, recorded, recipe_file = run.model_folder, run.best, run.recipe_path
     else:
         folder = find_trained(place)
-    if not (folder / "recipe.yaml").is_file():
+    recipe_file = recipe_file or folder / RECIPE
+    if not recipe_file.is_file():
         raise UserError(
             f"{place}: no recipe.yaml beside the model, so how its data was read is unknown. "
             "Give a run folder, its model/ folder, or a repository pushed from one."
         )
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = load_recipe(recipe_file)
     labels = Labels(recipe.data.labels, _label_names(folder))
     modality = TASKS[recipe.task].modality
     if (folder / ADAPTER_CONFIG).is_file():
