@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,13 +97,10 @@ def read_card(text: str) -> Card:
         if found is None or isinstance(found, dict):
             metadata, text = found or {}, text[block.end() :]
     record: dict[str, Any] = {}
-    if match := _RECORD.search(text):
-        try:
+    for match in _RECORD.finditer(text):
+        with suppress(ValueError):  # somebody's hand was here: then nothing is known to be generated
             record = json.loads(match["json"])
-            text = text[: match.start()] + text[match.end() :]
-        except ValueError:  # somebody's hand was here: it stays as it is
-            pass
-    text = _NOTES.sub("", text)
+    text = _NOTES.sub("", _RECORD.sub("", text))
     parts: list[Section | str] = []
     at, seen = 0, set[str]()
     for match in _SECTION.finditer(text):

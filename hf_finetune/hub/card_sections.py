@@ -44,11 +44,11 @@ _ENDED = {
 def summary(facts: CardFacts) -> str:
     """Return the title and one sentence."""
     base, at, best, task = facts.base, facts.measured, facts.best, facts.recipe.task
-    name = base.name.removeprefix("./").removeprefix("shipped/")
+    name = base.name.rpartition("/")[2]
     named = model_link(base.hub_id) if base.hub_id else f"`{name}`"
     method = facts.adapter["method"] if facts.adapter else ""
     if not base.pretrained:
-        what = f"{facts.library}'s `{base.architecture}` trained from random weights for {task}"
+        what = f"`{base.architecture}` of {facts.library} trained from random weights for {task}"
     elif facts.is_adapter:
         what = f"A {method} adapter of {named} for {task}"
     else:

@@ -65,7 +65,9 @@ from peft import PeftModel$import_image
 from transformers import AutoConfig, $auto, $beside
 
 config = AutoConfig.from_pretrained("$folder")  # the base model's, with these labels
-base = $auto.from_pretrained("$base"$revision, config=config, ignore_mismatched_sizes=True)
+base = $auto.from_pretrained(
+    "$base"$revision, config=config, ignore_mismatched_sizes=True
+)
 model = PeftModel.from_pretrained(base, "$folder").eval()
 read = $beside.from_pretrained("$folder")
 names = config.id2label

@@ -42,7 +42,7 @@ def version(at: Measured) -> str:
 def base_model(facts: CardFacts) -> str:
     """Return a sentence on the base model."""
     base = facts.base
-    built = f"{facts.library}'s `{base.architecture}`"
+    built = f"`{base.architecture}` of {facts.library}"
     if not base.pretrained:
         return f"None: {built} from random weights."
     at = f" at commit `{base.commit}`" if base.commit else ""
@@ -111,5 +111,6 @@ def duration(seconds: float) -> str:
 
 def plain(words: str) -> str:
     """Return text as Markdown shows it letter by letter, in one line."""
-    line = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", " ".join(str(words).split()))
+    line = " ".join(str(words).split())
+    line = re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", line)
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +64,8 @@ def save_confusion(answers: Answers, names: Sequence[str], path: str | Path, tit
     if title:
         figure.suptitle(title, x=0.012, ha="left", fontsize=11, fontweight="bold", color=INK)
     path = Path(path)
-    with writing(path):
+    with writing(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font does not have
         figure.savefig(path, format="png")
 
 

@@ -61,7 +61,7 @@ def evaluation_table(
         "step",
         "epoch",
         *(["phase"] if phases else []),
-        "training loss",
+        "loss of the last batch",
         "validation loss",
         *names,
     )
