@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hf_finetune.durable import sync_folder, write_text
 from hf_finetune.errors import FinetuneError, UserError
 from hf_finetune.runfolder import os_error, writing
 
@@ -72,13 +73,13 @@ def save_checkpoint(
             for part, tensors in parts.items():
                 if tensors:
                     _save_tensors(aside / f"{part}.safetensors", tensors)
-            _write_text(aside / STATE, json.dumps(state))
+            write_text(aside / STATE, json.dumps(state))
             written = sorted(aside.iterdir())
             files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in written}
-            _write_text(aside / MANIFEST, json.dumps({"step": step, "files": files}))
-            _sync_folder(aside)
+            write_text(aside / MANIFEST, json.dumps({"step": step, "files": files}))
+            sync_folder(aside)
             aside.rename(final)
-            _sync_folder(folder)
+            sync_folder(folder)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -288,21 +289,6 @@ def _save_tensors(path: Path, tensors: Tensors) -> None:
         raise os_error(error, path) from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

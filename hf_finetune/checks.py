@@ -343,7 +343,7 @@ def pickles_are_files(recipe: Recipe) -> Iterator[Conflict]:
     if not name.endswith(PICKLE_SUFFIXES) or any(sign in name for sign in "/\\*?["):
         yield Conflict(
             ("backbone.allow_pickle",),
-            f"it is the exact name of one file, which ends in {_listed(PICKLE_SUFFIXES)}",
+            f"it is the exact name of one file, which ends in {', '.join(PICKLE_SUFFIXES[:-1])} or {PICKLE_SUFFIXES[-1]}",
             "name the file, such as pytorch_model.bin",
         )
 

@@ -33,6 +33,14 @@ class Evaluation:
         """Return the value of a metric, `loss` included."""
         return self.loss if metric == "loss" else self.metrics[metric]
 
+    def answers(self, labels: Labels) -> tuple[list[Any], list[Any]] | None:
+        """Return true and predicted labels by row: class numbers, or lists of them; None for regression."""
+        if labels.kind == "single":
+            return self.labels.tolist(), self.logits.argmax(1).tolist()
+        if labels.kind == "multi":
+            return _chosen(self.labels > 0.5), _chosen(self.logits > 0)
+        return None
+
 
 @torch.no_grad()
 def evaluate(
@@ -70,6 +78,10 @@ def evaluate(
     )
     values = compute([m for m in metrics if m != "loss"], labels.kind, all_targets, all_logits)
     return Evaluation(float(all_losses.mean(dtype=np.float64)), values, all_logits, all_targets)
+
+
+def _chosen(labels: np.ndarray) -> list[list[int]]:
+    return [np.flatnonzero(row).tolist() for row in labels]
 
 
 def to_device(inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

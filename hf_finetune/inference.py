@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image, Value
-from huggingface_hub import ModelCard
 from torch import nn
 
 from hf_finetune.data.checks import read_image
@@ -27,14 +26,14 @@ from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import load_split, load_splits
 from hf_finetune.errors import DataError, ModelError, UserError, did_you_mean
 from hf_finetune.evaluation import Evaluation, evaluate, to_device
-from hf_finetune.hub.fetch import COMMIT, Pinned
-from hf_finetune.models.layout import ADAPTER_CONFIG, RECIPE
+from hf_finetune.hub.fetch import Pinned
+from hf_finetune.models.layout import ADAPTER_CONFIG
 from hf_finetune.models.load import Backbone, forward, load_backbone
 from hf_finetune.models.source import find_trained
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import Recipe, load_recipe
 from hf_finetune.report.tables import print_table
-from hf_finetune.runfolder import load_run
+from hf_finetune.runfolder import MODEL, RECIPE, STATUS, load_run
 from hf_finetune.setup import process_state
 from hf_finetune.tasks import TASKS
 from hf_finetune.tasks.loss import probabilities
@@ -57,7 +56,7 @@ class Trained:
     recorded: dict[str, Any] | None
     """What the run said of its best weights."""
     data_commit: str | None = None
-    """The commit its Hub data set was measured at."""
+    """Of a run: the commit of the Hub data set it was measured on. A published recipe names it itself."""
     repository: Pinned | None = None
     """Where it came from, if that is the Hub."""
 
@@ -70,28 +69,30 @@ def load_trained(place: str) -> Trained:
         ModelError: the model cannot be loaded.
         HubError: the Hub does not answer, and the cache lacks the repository.
     """
-    path, recorded, repository, data_commit = Path(place), None, None, None
-    if (path / "run.json").is_file():
+    path, recorded, recipe_file, repository, data_commit = Path(place), None, None, None, None
+    if path.name == MODEL and (path.parent / STATUS).is_file():
+        path = path.parent  # the run's own recipe knows where its data lies, the one to be published does not
+    if (path / STATUS).is_file():
         run = load_run(path)
         if not run.model_folder.is_dir():
             raise UserError(f"{place}: this run kept no model (status {run.status.get('status')}).")
-        folder, recorded = run.model_folder, run.best
+        folder, recorded, recipe_file = run.model_folder, run.best, run.recipe_path
         data_commit = (run.status.get("data") or {}).get("commit")
     else:
         folder, repository = find_trained(place)
-    if not (folder / RECIPE).is_file():
+    recipe_file = recipe_file or folder / RECIPE
+    if not recipe_file.is_file():
         raise UserError(
             f"{place}: no recipe.yaml beside the model, so how its data was read is unknown. "
             "Give a run folder, its model/ folder, or a repository pushed from one."
         )
-    recipe = load_recipe(folder / RECIPE)
+    recipe = load_recipe(recipe_file)
     if repository:
         _refuse_foreign_code(place, recipe, is_adapter=(folder / ADAPTER_CONFIG).is_file())
         if repository.note:
             sys.stderr.write(f"note: {repository.note}\n")
     labels = Labels(recipe.data.labels, _label_names(folder))
     modality = TASKS[recipe.task].modality
-    data_commit = data_commit or _measured_at(folder, recipe)
     if (folder / ADAPTER_CONFIG).is_file():
         from hf_finetune.models.adapters import load_adapter
 
@@ -133,17 +134,6 @@ def _refuse_foreign_code(place: str, recipe: Recipe, *, is_adapter: bool) -> Non
             f"{place}: its recipe sets backbone.{key}, which a recipe from the Hub may not. Look at what it brings, "
             f"then fetch it with `hf download {place.partition('@')[0]} --local-dir DIR` and give that folder."
         )
-
-
-def _measured_at(folder: Path, recipe: Recipe) -> str | None:
-    """Return the commit of the recipe's Hub data set that the model card says the model was measured at."""
-    try:
-        results = ModelCard.load(folder / "README.md").data.eval_results or []
-    except (OSError, ValueError, KeyError, TypeError):  # a card is for people, who may have rewritten it
-        return None
-    commits = {each.dataset_revision for each in results if each.dataset_type == recipe.data.path}
-    found = next(iter(commits), None)
-    return found if len(commits) == 1 and found and COMMIT.fullmatch(found) else None
 
 
 def evaluate_model(place: str, options: Sequence[str]) -> Evaluation:

@@ -17,17 +17,19 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import nn
 
 from hf_finetune.checkpoint import Checkpoint
+from hf_finetune.durable import sync_folder
+from hf_finetune.emissions import Emissions, added, start_metering
 from hf_finetune.errors import FinetuneError, HubError
 from hf_finetune.evaluation import Evaluation
 from hf_finetune.freeze import weights_fingerprint
-from hf_finetune.hub.artefact import write_artefact
+from hf_finetune.hub.artefact import describe, write_artefact
 from hf_finetune.hub.push import commit_message, push_folder
 from hf_finetune.monitor import Best
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import dump_recipe
 from hf_finetune.report.curves import save_curves
 from hf_finetune.resume import Resumed, find_run, take_over
-from hf_finetune.runfolder import RunFolder, hardware, read_metrics, read_status, versions, writing
+from hf_finetune.runfolder import RunFolder, hardware, load_run, read_status, versions, writing
 from hf_finetune.setup import Setup
 from hf_finetune.tasks.metrics import default_metric
 
@@ -53,6 +55,7 @@ class Record:
     """What the run had taken when it was interrupted."""
     accelerator: Accelerator | None = None
     """Set once trackers are running."""
+    _stop_metering: Callable[[], Emissions | None] | None = None
 
     @classmethod
     def open(
@@ -146,11 +149,12 @@ class Record:
             "epoch": best.epoch, "metrics": best.metrics, "loss": result.loss,
         }  # fmt: skip
         self._write_model(model, found)
-        if self.setup.splits.labels.kind == "single":
-            self._folder.write_predictions(result.labels.tolist(), result.logits.argmax(1).tolist())
+        if (answers := result.answers(self.setup.splits.labels)) is not None:
+            self._folder.write_predictions(*answers)
         self._folder.write_status(best=found)
         hub = self.setup.recipe.hub
         if hub is not None and hub.when == "best":
+            self._describe()
             try:
                 push_folder(self.path / "model", hub.repo_id, message=commit_message(found))
             except HubError as error:
@@ -170,6 +174,7 @@ class Record:
     @contextmanager
     def closing(self, accelerator: Accelerator) -> Iterator[None]:
         """Write status, wall time and curves when training ends, however it ends."""
+        self._stop_metering = start_metering() if self.is_main else None
         try:
             yield
         except BaseException as error:
@@ -191,12 +196,20 @@ class Record:
         if not self.is_main:
             return
         shutil.rmtree(self.path / ".model.new", ignore_errors=True)  # stopped while writing
-        self._folder.write_status(status=self.status, why=self.why, wall_seconds=round(self._seconds(), 3))
-        rows = read_metrics(self.path)
-        save_curves(rows, read_status(self.path).get("best"), self.path / "curves.png", title=self.path.name)
-        if (self.path / "model").is_dir():
-            with writing(self.path):
-                shutil.copyfile(self.path / "curves.png", self.path / "model" / "curves.png")
+        emissions = self._stop_metering() if self._stop_metering else None
+        if self.checkpoint:
+            emissions = added(read_status(self.path).get("emissions"), emissions)
+        self._folder.write_status(
+            status=self.status, why=self.why, wall_seconds=round(self._seconds(), 3), emissions=emissions
+        )
+        self._describe()
+
+    def _describe(self) -> None:
+        """Draw the curves, and bring card and pictures beside the kept weights up to what the run knows now."""
+        run = load_run(self.path)
+        save_curves(run.rows, run.best, self.path / "curves.png", title=self.path.name)
+        if run.model_folder.is_dir():
+            describe(run.model_folder, self.setup, run)
 
     def _seconds(self) -> float:
         """Return the wall time of the run, that of before an interruption included."""
@@ -215,11 +228,14 @@ class Record:
             old.rename(final)  # stopped between the two renames below
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        write_artefact(aside, replace(self.setup.backbone, model=model), self.setup, best)
+        run = load_run(self.path)
+        run = replace(run, status=run.status | {"best": best})
+        write_artefact(aside, replace(self.setup.backbone, model=model), self.setup, run)
         with writing(self.path):
             if final.exists():
                 final.rename(old)
             aside.rename(final)
+            sync_folder(self.path)
         shutil.rmtree(old, ignore_errors=True)
 
     def _facts(self, state: PartialState) -> dict:

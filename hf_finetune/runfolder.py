@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from hf_finetune.durable import replace_text
 from hf_finetune.errors import FinetuneError, UserError
 
 Row = dict[str, Any]
@@ -114,13 +115,8 @@ class RunFolder:
         )
 
     def _replace(self, name: str, text: str) -> None:
-        aside = self.path / f".{name}.tmp"
         with writing(self.path):
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, self.path / name)
+            replace_text(self.path / name, text)
 
 
 @dataclass(frozen=True)

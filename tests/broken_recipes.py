@@ -1324,6 +1324,24 @@ BROKEN = [
         """,
     ),
     Broken(
+        "code from a branch of the Hub, and a pickle by a pattern",
+        """
+        strategy: full
+        backbone: {id: user/net, revision: main, trust_remote_code: true, allow_pickle: '*.bin'}
+        """,
+        """
+        recipe.yaml:2: backbone.revision
+          given main, with backbone.trust_remote_code: true (recipe.yaml:2)
+          a branch or tag may mean other code tomorrow
+          read the code, then set backbone.revision to that commit, all 40 digits of it
+        recipe.yaml:2: backbone.allow_pickle
+          given *.bin
+          it is the exact name of one file, which ends in .bin, .pth, .pt or .ckpt
+          name the file, such as pytorch_model.bin
+        2 problems in recipe.yaml
+        """,
+    ),
+    Broken(
         "revisions of local things",
         """
         strategy: full

@@ -507,10 +507,14 @@ def test_predict_with_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert answer["label"] in ("neg", "pos")
 
 
-def test_an_adapter_is_no_backbone(tmp_path: Path) -> None:
-    run = runs.run("vit", tmp_path / "run", strategy="lora")
-    with pytest.raises(ModelError, match="it is an adapter, not a backbone"):
-        load_backbone(BackboneSpec(id=str(run.model_folder)), LABELS, "image", seed=0)
+def test_adapters_on_an_adapter_are_saved_merged(tmp_path: Path) -> None:
+    first = runs.run("vit", tmp_path / "first", strategy="lora")
+    changes = {"backbone": {"id": str(first.model_folder)}}
+    with pytest.raises(RecipeError, match="is an adapter itself(.|\n)*`strategy.merge: true`"):
+        runs.run("vit", tmp_path / "second", strategy="lora", **changes)
+    second = runs.run("vit", tmp_path / "second", strategy={"name": "lora", "merge": True}, **changes)
+    assert second.status["backbone"]["kept_head"]
+    assert (second.model_folder / "model.safetensors").is_file()
 
 
 # Gradient checkpointing

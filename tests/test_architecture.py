@@ -18,7 +18,7 @@ PACKAGE = ROOT / "hf_finetune"
 
 # From the ground up. A module may import its own layer and those below; the longest matching name counts.
 LAYERS: list[tuple[str, set[str]]] = [
-    ("ground: errors, the base of all specs", {"errors", "spec"}),
+    ("ground: errors, the base of all specs", {"durable", "errors", "spec"}),
     (
         "specs: what a part is told, and tables of names",
         {"augment.spec", "data.spec", "data.labels", "hub.spec", "models.spec", "models.anatomy", "monitor", "optim", "schedule",
@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ),
     (
         "parts: each knows its own spec, none knows the recipe",
-        {"augment", "data", "models", "tasks.loss", "evaluation", "freeze", "progress", "hub.fetch", "report", "runfolder"},
+        {"augment", "data", "models", "tasks.loss", "emissions", "evaluation", "freeze", "hub.fetch", "progress", "report", "runfolder"},
     ),
     (
         "recipe: the specs composed, read, checked and written",

@@ -476,9 +476,10 @@ def test_an_adapter_as_backbone_is_merged_into_its_base(name: str, hub: Hub, tmp
 
 def test_data_that_is_not_here_is_asked_for(hub: Hub, trained: Path, tmp_path: Path) -> None:
     away = Path(shutil.copytree(trained, tmp_path / "away"))
-    text = (away / "recipe.yaml").read_text()
-    for path in ("photos/of/mine", "my/photos"):
-        (away / "recipe.yaml").write_text(text.replace(runs.images(), path))
+    text, (was,) = (away / "recipe.yaml").read_text(), {Path(runs.images()).name}
+    assert f"./{was}" in text
+    for path in (f"./{was}", "my/photos"):
+        (away / "recipe.yaml").write_text(text.replace(f"./{was}", path))
         hub.upload(away, "me/away")
         with pytest.raises(
             UserError, match=r"the data its recipe names cannot be read here(.|\n)*Give it with data=PATH"
@@ -496,11 +497,11 @@ def test_a_foreign_recipe_runs_no_code(
     (folder / "recipe.yaml").write_text(text.replace("metrics: []", "metrics: ['evaluate/somebody/evil']"))
     assert "somebody/evil" in (folder / "recipe.yaml").read_text()
     hub.upload(folder, "me/foreign")
-    assert recipe.monitor.metric in evaluate_model("me/foreign", []).metrics
+    assert recipe.monitor.metric in evaluate_model("me/foreign", [f"data={runs.images()}"]).metrics
     assert "a recipe from the Hub may not run code" in capsys.readouterr().err
     (folder / "recipe.yaml").write_text(
         text.replace("trust_remote_code: false", "trust_remote_code: true").replace("revision: null", f"revision: '{'a' * 40}'", 1)
-        .replace(runs.backbone("vit"), "me/whatever")
+        .replace("id: ./vit", "id: me/whatever")
     )  # fmt: skip
     hub.upload(folder, "me/foreign")
     with pytest.raises(UserError, match="backbone.trust_remote_code, which a recipe from the Hub may not"):
@@ -529,7 +530,11 @@ def test_evaluate_takes_the_data_that_was_measured(there: Hub, trained: Path, tm
 
 
 def test_a_backbone_that_moved_stops_a_resume(there: Hub, tmp_path: Path) -> None:
-    text = {"strategy": "full", "backbone": {"id": "me/backbone"}, "training": {"checkpoint": {"every": "1 step"}}}
+    text = {
+        "strategy": "full",
+        "backbone": {"id": "me/backbone"},
+        "training": {"checkpoint": {"every": "1 step"}},
+    }
     runs.run("vit", tmp_path / "run", **text)
     commit = repo_of(there, "backbone").refs["refs/heads/main"]
     (tmp_path / "more").mkdir()

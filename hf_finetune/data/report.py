@@ -21,6 +21,12 @@ class DataReport:
     """Hash of the rows used: equal data, equal fingerprint, wherever it lies."""
     commit: str | None = None
     """Of a Hub data set: the commit that was read."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """Split role -> the source's split or slice of it, or the file."""
+    whole: dict[str, int] = field(default_factory=dict)
+    """Split role -> rows it had before `max_samples` were drawn from it; only where some were left out."""
+    held_out: float | None = None
+    """Share of the training split that was drawn for validation; None where validation has rows of its own."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Split role -> rows dropped under `on_error: skip`."""
     skipped_rows: tuple[str, ...] = ()

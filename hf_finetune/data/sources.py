@@ -222,7 +222,9 @@ def _open_hub(spec: DataSpec) -> Source:
             raise refusal(wanted, pinned.unreachable)
         notes.append(str(pinned.note))
         return Source(name, _read_prepared(path, found), notes=tuple(notes), commit=pinned.commit)
-    if (found := _prepared(spec.model_copy(update={"config": spec.config or "default"}), pinned.commit)) is not None:
+    if (
+        found := _prepared(spec.model_copy(update={"config": spec.config or "default"}), pinned.commit)
+    ) is not None:
         return Source(name, _read_prepared(path, found), commit=pinned.commit)
     try:
         builder = datasets.load_dataset_builder(path, name=spec.config, revision=pinned.commit)

@@ -63,6 +63,8 @@ def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto") -> Splits:
     if spec.test is not None:
         selections["test"] = select(source, spec.test)
     warnings += _overlaps(selections)
+    asked = {"train": spec.train, "validation": validation, "test": spec.test}
+    names = {role: _split_name(asked[role], selection) for role, selection in selections.items()}
 
     raw = selections["train"].rows
     modality = find_modality(task, raw, spec.columns)
@@ -80,6 +82,7 @@ def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto") -> Splits:
     splits |= {role: part.rows for role, part in parts.items()}
     if isinstance(validation, float):
         splits["train"], splits["validation"] = _set_aside(splits["train"], validation, labels, seed, source)
+    whole = {role: len(rows) for role, rows in splits.items() if len(rows) > (spec.max_samples or len(rows))}
     if spec.max_samples is not None:
         splits = {role: _sample(rows, spec.max_samples, labels, seed) for role, rows in splits.items()}
 
@@ -98,6 +101,9 @@ def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto") -> Splits:
         },
         columns=columns,
         fingerprint=digest(*(fingerprint(rows).encode() for rows in splits.values())),
+        splits={"validation": names["train"], **names},
+        whole=whole,
+        held_out=validation if isinstance(validation, float) else None,
         skipped={role: len(part.problems) for role, part in parts.items() if part.problems},
         skipped_rows=tuple(skipped[:NAMED]),
         image_side=parts["train"].image_side,
@@ -299,6 +305,11 @@ def _sample(rows: Dataset, count: int, labels: Labels, seed: int) -> Dataset:
     labelled = "label" in rows.column_names
     targets = column_values(rows, "label" if labelled else "row")
     return rows.select(draw_samples(targets, count, labels if labelled else Labels("regression", ()), seed))
+
+
+def _split_name(asked: object, selection: Selection) -> str:
+    """Return the split's own name, or the slice of it that was asked for."""
+    return str(asked) if "[" in str(asked) else selection.name
 
 
 def _overlaps(selections: Mapping[str, Selection]) -> list[str]:

@@ -2,126 +2,102 @@
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
-from hf_finetune.recipe import dump_recipe
+from hf_finetune.hub.card_edits import Card, Section, edited_sections, keep_edits, new_card, read_card
+from hf_finetune.hub.card_facts import CardFacts
+from hf_finetune.hub.card_sections import SECTIONS
+from hf_finetune.hub.card_usage import FOLDER
+from hf_finetune.hub.eval_results import eval_results
 
-if TYPE_CHECKING:
-    from hf_finetune.setup import Setup
-
-_USAGE = {
-    "timm": 'import timm\n\nmodel = timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True).eval()',
-    "transformers": 'from transformers import pipeline\n\nclassify = pipeline("{task}", model="PATH/TO/THIS/FOLDER")',
-}
+__all__ = ["edited_sections", "keep_edits", "model_card", "with_repo_id"]
 
 
-_ADAPTER_USAGE = {
-    "timm": """import timm
-from peft import PeftModel
-
-base = timm.create_model("{base}", pretrained=True, num_classes={outputs}{options})
-model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER").eval()""",
-    "transformers": """from peft import PeftModel
-from transformers import {auto}
-
-base = {auto}.from_pretrained("{base}", num_labels={outputs}{options})
-model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER").eval()""",
-}
-_AUTO = {
-    "image-classification": "AutoModelForImageClassification",
-    "text-classification": "AutoModelForSequenceClassification",
-}
+def model_card(facts: CardFacts) -> str:
+    """Return the card of the weights that `facts` are about; where they were never measured it holds no figure."""
+    written = {name: section(facts) for name, section in SECTIONS.items()}
+    sections = [Section.new(name, text) for name, text in written.items() if text is not None]
+    card = ModelCard(str(new_card(card_data(facts).to_dict(), sections)))  # read as the Hub reads it
+    return str(card.content)
 
 
-def model_card(setup: Setup, best: dict[str, Any] | None) -> str:
-    """Return the card of the weights measured as `best` says; without it the card holds no figure."""
-    recipe, report, labels = setup.recipe, setup.splits.report, setup.splits.labels
-    source = report.source
-    results = []
-    if best is not None:
-        results = [
-            EvalResult(
-                task_type=recipe.task, dataset_type=source, dataset_name=source, dataset_split="validation",
-                metric_type=name, metric_name=name, metric_value=value,
-            )
-            for name, value in best["metrics"].items()
-        ]  # fmt: skip
-    from_hub = "/" in recipe.backbone.id and not recipe.backbone.id.startswith(("shipped/", "/", "."))
-    adapter = setup.backbone.adapter
-    is_adapter = adapter is not None and not adapter.spec.merge
-    data = ModelCardData(
-        library_name="peft" if is_adapter else setup.backbone.library,
+def card_data(facts: CardFacts) -> ModelCardData:
+    """Return the card's metadata; what is not known is absent."""
+    base, recipe, at = facts.base, facts.recipe, facts.measured
+    results = eval_results(facts)
+    # A merged adapter has one base model, as any fine-tuned one; the Hub calls a merge what has several. An adapter
+    # belongs on its very base model: what that was made from is none.
+    base_model = base.hub_id if facts.is_adapter and base.pretrained else base.on_hub
+    relation = "adapter" if facts.is_adapter else "finetune"
+    strategy = str(recipe.strategy.name)
+    return ModelCardData(
+        language=_languages(facts),
+        license=base.license,
+        license_name=base.license_name,
+        license_link=base.license_link,
+        library_name="peft" if facts.is_adapter else facts.library,
         pipeline_tag=recipe.task,
-        base_model=recipe.backbone.id if from_hub else None,
-        base_model_relation=("adapter" if is_adapter else "finetune") if from_hub else None,
-        tags=["hf_finetune", recipe.strategy.name],
-        model_name=f"{recipe.backbone.id.rstrip('/').split('/')[-1]}-{recipe.strategy.name}"
-        if results
-        else None,
+        tags=list(dict.fromkeys([recipe.task, facts.library, "hf_finetune", strategy])),
+        datasets=[at.hub_id] if at.hub_id else None,
+        metrics=list(facts.best["metrics"]) if facts.best else None,
+        base_model=base_model,
+        model_name=f"{_last(base.name)}-{_last(at.name)}" if results else None,
         eval_results=results or None,
+        base_model_relation=relation if base_model else None,
+        co2_eq_emissions=_emissions(facts),
     )
-    figures = "These weights were not measured."
-    if best is not None:
-        rows = "\n".join(
-            f"| {name} | {value:.4f} |" for name, value in {**best["metrics"], "loss": best["loss"]}.items()
-        )
-        figures = (
-            f"Measured on {report.rows['validation']} validation rows of `{source}`, at step {best['step']} "
-            f"(epoch {best['epoch']:g}):\n\n| metric | value |\n| --- | --- |\n{rows}"
-        )
-    counts = report.class_counts.get("train", {})
-    label_rows = "\n".join(
-        f"| {i} | {name} | {counts.get(name, '')} |" for i, name in enumerate(labels.names)
-    )
-    usage = (
-        _adapter_usage(setup, from_hub)
-        if is_adapter
-        else _USAGE[setup.backbone.library].replace("{task}", recipe.task)
-    )
-    return f"""---
-{data.to_yaml()}
----
-
-# {recipe.backbone.id} adapted to {source}
-
-Strategy `{recipe.strategy.name}`: {setup.trainable_size:,} of {setup.total_size:,} parameters trained on
-{report.rows["train"]} rows.
-
-{figures}
-
-## Labels
-
-| id | label | training rows |
-| --- | --- | --- |
-{label_rows}
-
-## Use
-
-```python
-{usage}
-```
-
-## Recipe
-
-```yaml
-{dump_recipe(recipe).strip()}
-```
-"""
 
 
-def _adapter_usage(setup: Setup, from_hub: bool) -> str:
-    """Return the code that loads the adapter on its base model."""
-    recipe, library = setup.recipe, setup.backbone.library
-    base = recipe.backbone.id if from_hub else f"PATH/TO/{recipe.backbone.id.rstrip('/').split('/')[-1]}"
-    if library == "timm":
-        base = f"hf-hub:{base}" if from_hub else f"local-dir:{base}"
+def with_repo_id(card: str, repo_id: str) -> str:
+    """Return a generated card as it stands in a repository: its code loads the model from there.
+
+    Sections that were edited by hand stay as they are.
+    """
+    read = read_card(card)
+    parts: list[Section | str] = [
+        Section.new("usage", _at_hub(part.text, repo_id))
+        if isinstance(part, Section) and part.key == "usage" and not part.is_edited
+        else part
+        for part in read.parts
+    ]
+    metadata = dict(read.metadata)
+    if index := metadata.get("model-index"):
+        metadata["model-index"] = [{**index[0], "name": _last(repo_id)}, *index[1:]]
+    changed: Card = replace(read, parts=parts, metadata=metadata)
+    return str(changed)
+
+
+def _at_hub(code: str, repo_id: str) -> str:
+    return code.replace(f"local-dir:{FOLDER}", f"hf-hub:{repo_id}").replace(FOLDER, repo_id)
+
+
+def _languages(facts: CardFacts) -> list[str] | None:
+    """Return the languages of the texts: the data's, else the base model's if it has one only."""
+    if facts.recipe.task != "text-classification":
+        return None
+    base = facts.base.languages if len(facts.base.languages) == 1 and facts.base.pretrained else ()
+    return list(facts.measured.languages or base) or None
+
+
+def _emissions(facts: CardFacts) -> dict[str, Any] | None:
+    """Return what the Hub knows as co2_eq_emissions, in grams."""
+    found = facts.run.get("emissions")
+    if not found:
+        return None
+    hardware = facts.run.get("hardware") or {}
+    gpus = hardware.get("gpus") or []
     values = {
-        "base": base,
-        "outputs": str(setup.splits.labels.outputs),
-        "auto": _AUTO[recipe.task],
-        "options": "".join(f", {key}={value!r}" for key, value in recipe.backbone.options.items()),
+        "emissions": found["co2_grams"],
+        "source": "codecarbon",
+        "training_type": "fine-tuning" if facts.base.pretrained else "pre-training",
+        "geographical_location": found.get("country"),
+        "hardware_used": gpus[0] if gpus else hardware.get("cpu"),
     }
-    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], _ADAPTER_USAGE[library])
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]

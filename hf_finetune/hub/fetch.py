@@ -276,7 +276,11 @@ def _cause(error: BaseException) -> Exception:
 
     below: BaseException | None = error
     while below is not None:
-        if isinstance(below, HfHubHTTPError) or getattr(below, "errno", None) is not None or _is_transport(below):
+        if (
+            isinstance(below, HfHubHTTPError)
+            or getattr(below, "errno", None) is not None
+            or _is_transport(below)
+        ):
             return below  # type: ignore[return-value]
         below = below.__cause__ or below.__context__
     return error  # type: ignore[return-value]

