@@ -340,10 +340,11 @@ def pickles_are_files(recipe: Recipe) -> Iterator[Conflict]:
     name = recipe.backbone.allow_pickle
     if name is None:
         return
+    endings = f"{', '.join(PICKLE_SUFFIXES[:-1])} or {PICKLE_SUFFIXES[-1]}"
     if not name.endswith(PICKLE_SUFFIXES) or any(sign in name for sign in "/\\*?["):
         yield Conflict(
             ("backbone.allow_pickle",),
-            f"it is the exact name of one file, which ends in {', '.join(PICKLE_SUFFIXES[:-1])} or {PICKLE_SUFFIXES[-1]}",
+            f"it is the exact name of one file, which ends in {endings}",
             "name the file, such as pytorch_model.bin",
         )
 

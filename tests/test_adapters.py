@@ -510,7 +510,7 @@ def test_predict_with_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_adapters_on_an_adapter_are_saved_merged(tmp_path: Path) -> None:
     first = runs.run("vit", tmp_path / "first", strategy="lora")
     changes = {"backbone": {"id": str(first.model_folder)}}
-    with pytest.raises(RecipeError, match="is an adapter itself(.|\n)*`strategy.merge: true`"):
+    with pytest.raises(RecipeError, match=r"is an adapter itself(.|\n)*`strategy.merge: true`"):
         runs.run("vit", tmp_path / "second", strategy="lora", **changes)
     second = runs.run("vit", tmp_path / "second", strategy={"name": "lora", "merge": True}, **changes)
     assert second.status["backbone"]["kept_head"]

@@ -366,7 +366,7 @@ def test_a_pickle_is_read_when_it_is_allowed_by_name(
     for place in ("me/pickled", str(folder)):
         with pytest.raises(ModelError, match=f"its weights are in {name}"):
             backbone(place)
-        with pytest.raises(ModelError, match="holds no 'other.bin'"):
+        with pytest.raises(ModelError, match=r"holds no 'other.bin'"):
             backbone(place, allow_pickle="other.bin")
         read = backbone(place, allow_pickle=name)
         assert runs.same(read.model.state_dict(), backbone(runs.backbone(family)).model.state_dict())
@@ -466,7 +466,7 @@ def test_an_adapter_as_backbone_is_merged_into_its_base(name: str, hub: Hub, tmp
     hub.repos.pop(("model", "me/base"))
     shutil.rmtree(Path(constants.HF_HUB_CACHE) / "models--me--base")
     with pytest.raises(
-        ModelError, match="it is an adapter, and its base model cannot be loaded. Backbone 'me/base'"
+        ModelError, match=r"it is an adapter, and its base model cannot be loaded. Backbone 'me/base'"
     ):
         load_backbone(BackboneSpec(id="me/adapter"), adapted.labels, modality, seed=0)
 
@@ -504,7 +504,7 @@ def test_a_foreign_recipe_runs_no_code(
         .replace("id: ./vit", "id: me/whatever")
     )  # fmt: skip
     hub.upload(folder, "me/foreign")
-    with pytest.raises(UserError, match="backbone.trust_remote_code, which a recipe from the Hub may not"):
+    with pytest.raises(UserError, match=r"backbone.trust_remote_code, which a recipe from the Hub may not"):
         load_trained("me/foreign")
 
 
