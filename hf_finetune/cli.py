@@ -159,12 +159,17 @@ def push(
     message: Annotated[
         str | None, typer.Option(help="Commit message; default what the model measured.")
     ] = None,
+    space: Annotated[
+        bool, typer.Option("--space", help="Push a demo as well, the Gradio Space REPO_ID-demo.")
+    ] = False,
+    space_id: Annotated[str | None, typer.Option(help="Another name for the Space.")] = None,
 ) -> None:
     """Push a run's best model to the Hub."""
-    from hf_finetune.hub.push import push_run
+    from hf_finetune.hub.push import Order, push_run
 
-    address = push_run(run, repo_id, private=private, branch=branch, pr=pr, tag=tag, message=message)
-    typer.echo(f"pushed: {address}")
+    order = Order(repo_id, private, branch, pr, tag, message, space, space_id)
+    for address in push_run(run, order, say=_note):
+        typer.echo(f"pushed: {address}")
 
 
 @app.command()
@@ -194,9 +199,9 @@ def run_recipe(
     if output is not None:
         loaded = loaded.model_copy(update={"output": output})
     if loaded.hub is not None and _rank() == 0:
-        from hf_finetune.hub.push import check_rights
+        from hf_finetune.hub.push import Order, check_rights
 
-        check_rights(loaded.hub.repo_id, private=loaded.hub.private)
+        check_rights(Order(loaded.hub.repo_id, loaded.hub.private), training=True)
     from hf_finetune.train import finetune
 
     # Until the loop watches for it, SIGTERM ends the run as SIGINT does: there is nothing to save yet.
@@ -211,10 +216,11 @@ def run_recipe(
         )
         typer.echo(f"done: {found}; {run.status['why']}; {run.path}")
     if loaded.hub is not None and _rank() == 0:
-        from hf_finetune.hub.push import commit_message, push_folder
+        from hf_finetune.hub.push import push_finished
 
-        address = push_folder(run.model_folder, loaded.hub.repo_id, message=commit_message(run.best))
-        typer.echo(f"pushed: {address}")
+        address = push_finished(run, loaded.hub, say=(lambda text: None) if quiet else _note)
+        if not quiet:
+            typer.echo(f"pushed: {address}")
 
 
 def main(arguments: list[str] | None = None, *, command: Any = None) -> None:
@@ -258,6 +264,11 @@ def train_script() -> None:
 
 def _is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file()
+
+
+def _note(text: str) -> None:
+    """Say something that is not the answer."""
+    sys.stderr.write(f"{text}\n")
 
 
 def _rank() -> int:

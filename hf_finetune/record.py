@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,11 +18,11 @@ from torch import nn
 from hf_finetune.checkpoint import Checkpoint
 from hf_finetune.durable import sync_folder
 from hf_finetune.emissions import Emissions, added, start_metering
-from hf_finetune.errors import FinetuneError, HubError
+from hf_finetune.errors import FinetuneError
 from hf_finetune.evaluation import Evaluation
 from hf_finetune.freeze import weights_fingerprint
 from hf_finetune.hub.artefact import describe, write_artefact
-from hf_finetune.hub.push import commit_message, push_folder
+from hf_finetune.hub.push import push_best
 from hf_finetune.monitor import Best
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import dump_recipe
@@ -155,11 +154,7 @@ class Record:
         hub = self.setup.recipe.hub
         if hub is not None and hub.when == "best":
             self._describe()
-            try:
-                push_folder(self.path / "model", hub.repo_id, message=commit_message(found))
-            except HubError as error:
-                # The run is worth more than this push: it goes on, and pushes again at its end.
-                sys.stderr.write(f"warning: {error}\n")
+            push_best(self.path, hub, found)
 
     def keep_if_none(self, model: nn.Module) -> None:
         """Write the model as it is when no best one was kept yet."""
