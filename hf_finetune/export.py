@@ -1,4 +1,4 @@
-"""A trained model as one file for other runtimes: ONNX or torch.export, checked on real samples before it gets its name."""
+"""A trained model as one file for other runtimes: ONNX or torch.export, checked before it gets its name."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def export_model(
     opset: int | None = None,
     options: Sequence[str] = (),
 ) -> Exported:
-    """Write a trained model for another runtime, with config and processor or tokenizer beside it, and print how to use it.
+    """Write a trained model for another runtime, config and processor or tokenizer beside it, and print its use.
 
     Adapters are merged. Batch and sequence length are free. The file is compared with the model on validation samples,
     in batches and lengths other than those it was traced with, and only then gets its name.

@@ -24,7 +24,7 @@ from hf_finetune.freeze import weights_fingerprint
 from hf_finetune.hub.artefact import write_artefact
 from hf_finetune.hub.fresh import warm_up
 from hf_finetune.hub.push import commit_message, push_folder
-from hf_finetune.hub.reload import Samples, check_reload, left_out, modules, samples_of, write_expected
+from hf_finetune.hub.reload import EXPECTED, Samples, check_reload, left_out, modules, samples_of, write_expected
 from hf_finetune.monitor import Best
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import dump_recipe
@@ -156,6 +156,7 @@ class Record:
         self._folder.write_status(best=found)
         hub = self.setup.recipe.hub
         if hub is not None and hub.when == "best":
+            self.check_reload(())  # nothing is pushed that cannot be used
             try:
                 push_folder(self.path / "model", hub.repo_id, message=commit_message(found))
             except HubError as error:
@@ -245,6 +246,7 @@ class Record:
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
         write_artefact(aside, replace(self.setup.backbone, model=model), self.setup, best)
+        (self.path / EXPECTED).unlink(missing_ok=True)
         if not left_out(self.setup):
             write_expected(self.path, model, self.samples)
         with writing(self.path):

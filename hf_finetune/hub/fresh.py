@@ -1,4 +1,4 @@
-"""A fresh Python process that reads model folders by their own library: started early, asked at the end, never left behind.
+"""A fresh Python process that reads model folders by their own library: started early, asked last, never left behind.
 
 Its imports take seconds, so it is started while training goes on. Within one process it serves every run, each from a
 fork of its own.
@@ -22,6 +22,8 @@ from typing import IO, Any
 
 from hf_finetune.hub import reader
 
+_OTHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
+"""Variables that tell a training process of its siblings: this one has none."""
 _PACKAGES = ("torch", "safetensors", "timm", "transformers", "peft", "PIL")
 
 
@@ -107,7 +109,7 @@ def _start() -> _Reader:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     # What an adapter's base model needs lies in the Hub's cache since the run loaded it.
     alone = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    remarks = tempfile.TemporaryFile()
+    remarks = tempfile.TemporaryFile()  # noqa: SIM115  closed by `stop`
     process = subprocess.Popen(
         [sys.executable, "-I", reader.__file__, *homes],
         stdin=subprocess.PIPE,
@@ -115,7 +117,7 @@ def _start() -> _Reader:
         stderr=remarks,
         text=True,
         encoding="utf-8",
-        env=os.environ | threads | alone,
+        env={name: value for name, value in os.environ.items() if not name.startswith(_OTHERS)} | threads | alone,
     )
     return _Reader(process, remarks, os.getpid(), set())
 
@@ -125,12 +127,13 @@ def _exchange(request: dict[str, Any], on_wait: Callable[[], None]) -> tuple[str
     warm_up()
     assert _reader is not None
     process, lines = _reader.process, [""]
-    assert process.stdout is not None
+    output = process.stdout
+    assert output is not None
     try:
         _reader.send({"read": request})
     except OSError:
         return "", _said(_reader)
-    waiting = threading.Thread(target=lambda: lines.append(process.stdout.readline()), daemon=True)
+    waiting = threading.Thread(target=lambda: lines.append(output.readline()), daemon=True)
     waiting.start()
     try:
         while waiting.is_alive():

@@ -1,7 +1,7 @@
 """A script, not a module of ours: it reads model folders with their own library alone, and tells what they answer.
 
 `python -I reader.py FOLDER…` (folders to find libraries in) reads commands from its input, one JSON object a line:
-`{"import": [module, …]}` loads libraries ahead of time, `{"read": …}` (see `read`) is answered by one line on its output.
+`{"import": [module, …]}` loads libraries ahead of time, `{"read": …}` (see `read`) is answered by one line of output.
 Each reading happens in a process of its own, forked where the system can; nothing of hf_finetune can be imported here.
 It leaves when its input ends, so it never outlives who started it.
 """
@@ -227,5 +227,5 @@ def _end_with(server: int) -> None:
 
 if __name__ == "__main__":
     if hasattr(os, "nice"):
-        os.nice(10)  # the run comes first
+        os.nice(5)  # the run comes first
     main()

@@ -1,7 +1,7 @@
 """The reload gate: before a run is done, a fresh process must get the trained model's logits out of `model/`.
 
-The logits to meet are taken in memory, when the model is written, and not read back from the disk. Both sides compute in
-float32, so the tolerance can be tight enough to tell a rounded, wrong or missing tensor from another kernel's rounding.
+The logits to meet are taken in memory, when the model is written, and not read back from the disk. Both sides compute
+in float32, so the tolerance is tight enough to tell a wrong or rounded tensor from the rounding of another kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -154,8 +154,11 @@ def check_reload(
     Raises:
         TrainingError: the folder cannot be loaded by its own library, or the model in it is another one.
     """
-    with safe_open(run / EXPECTED, "pt") as file:
-        expected, about = file.get_tensor("logits"), file.metadata()
+    try:
+        with safe_open(run / EXPECTED, "pt") as file:
+            expected, about = file.get_tensor("logits"), file.metadata()
+    except (OSError, SafetensorError):
+        return {"compared": False, "why": "the logits that the kept model gave in memory are not known"}
     if about["samples"] != samples.digest:
         return {"compared": False, "why": "the validation samples are not those of the model that was kept"}
     folder = run / "model"
@@ -188,8 +191,8 @@ def check_reload(
     }
     if faults := list(_faults(setup, samples, result, answer["labels"], found)):
         raise TrainingError(
-            f"{folder}, loaded by {answer['library']} {answer['versions'][answer['library']]} in a fresh process, is not "
-            f"the model that was trained: {'; '.join(faults)}. {_REMEDY}"
+            f"{folder}, loaded by {answer['library']} {answer['versions'][answer['library']]} in a fresh process, is "
+            f"not the model that was trained: {'; '.join(faults)}. {_REMEDY}"
         )
     return result
 
@@ -253,7 +256,7 @@ def _wrong_inputs(
 
 
 def _levels(setup: Setup, samples: Samples, found: dict[str, Tensor]) -> float | None:
-    """Return the mean difference of pixels, of 255 levels, in the channel where it is largest; None for texts, or other sizes."""
+    """Return the mean difference of pixels, of 255 levels, in the channel with most; None for texts or other sizes."""
     read = setup.backbone.input
     if not isinstance(read, ImageInput):
         return None
