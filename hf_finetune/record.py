@@ -24,7 +24,15 @@ from hf_finetune.freeze import weights_fingerprint
 from hf_finetune.hub.artefact import write_artefact
 from hf_finetune.hub.fresh import warm_up
 from hf_finetune.hub.push import commit_message, push_folder
-from hf_finetune.hub.reload import EXPECTED, Samples, check_reload, left_out, modules, samples_of, write_expected
+from hf_finetune.hub.reload import (
+    EXPECTED,
+    Samples,
+    check_reload,
+    left_out,
+    modules,
+    samples_of,
+    write_expected,
+)
 from hf_finetune.monitor import Best
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import dump_recipe

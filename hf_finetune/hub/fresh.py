@@ -117,7 +117,9 @@ def _start() -> _Reader:
         stderr=remarks,
         text=True,
         encoding="utf-8",
-        env={name: value for name, value in os.environ.items() if not name.startswith(_OTHERS)} | threads | alone,
+        env={name: value for name, value in os.environ.items() if not name.startswith(_OTHERS)}
+        | threads
+        | alone,
     )
     return _Reader(process, remarks, os.getpid(), set())
 
