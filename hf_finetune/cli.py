@@ -147,6 +147,31 @@ def predict(
 
 
 @app.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN|REPO", help="A run folder, a model folder or a Hub repository.")
+    ],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[data=… split=…]", help="Samples to check with, where the run's own are gone."
+        ),
+    ] = None,
+    form: Annotated[str, typer.Option("--format", help="onnx or torch.")] = "onnx",
+    output: Annotated[
+        str | None, typer.Option(help="Folder to write to; default export/ in the run's folder.")
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option(min=18, help="Opset of ONNX; default what torch writes.")
+    ] = None,
+) -> None:
+    """Write a trained model for other runtimes, as ONNX or torch.export, and check it on real samples."""
+    from hf_finetune.export import export_model
+
+    export_model(run, form=form, output=output, opset=opset, options=options or [])
+
+
+@app.command()
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name on the Hub.")],
@@ -202,6 +227,10 @@ def run_recipe(
         from hf_finetune.hub.push import Order, check_rights
 
         check_rights(Order(loaded.hub.repo_id, loaded.hub.private), training=True)
+    if loaded.training.reload_check and _rank() == 0:
+        from hf_finetune.hub.fresh import warm_up
+
+        warm_up("torch")  # beside our own imports
     from hf_finetune.train import finetune
 
     # Until the loop watches for it, SIGTERM ends the run as SIGINT does: there is nothing to save yet.

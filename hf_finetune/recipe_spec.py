@@ -71,6 +71,8 @@ class TrainingSpec(Spec):
     """State to resume from; null saves none but that of an interruption."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
     """Wall time after which the run saves its state and stops, to be resumed."""
+    reload_check: bool = True
+    """Before the run is done, load its model in a fresh process by its own library, and compare; false does not."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of splits, order, augmentation, dropout and new weights."""
 

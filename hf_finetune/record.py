@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -18,11 +19,21 @@ from torch import nn
 from hf_finetune.checkpoint import Checkpoint
 from hf_finetune.durable import sync_folder
 from hf_finetune.emissions import Emissions, added, start_metering
-from hf_finetune.errors import FinetuneError
+from hf_finetune.errors import FinetuneError, Interrupted
 from hf_finetune.evaluation import Evaluation
 from hf_finetune.freeze import weights_fingerprint
 from hf_finetune.hub.artefact import describe, write_artefact
+from hf_finetune.hub.fresh import warm_up
 from hf_finetune.hub.push import push_best
+from hf_finetune.hub.reload import (
+    EXPECTED,
+    Samples,
+    check_reload,
+    left_out,
+    modules,
+    samples_of,
+    write_expected,
+)
 from hf_finetune.monitor import Best
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import dump_recipe
@@ -102,9 +113,11 @@ class Record:
             )
         if record.is_main and not record.finished:
             record._folder.write_recipe(dump_recipe(setup.recipe))
-            record._folder.write_status(**record._facts(state), status="running", why="")
+            record._folder.write_status(**record._facts(state), status="running", why="", reload=None)
             if record.checkpoint is None:
                 record._folder.write_status(best=None)
+            if not left_out(setup):
+                warm_up(*modules(setup))  # its imports take seconds: from here on they pass beside training
         return record
 
     @property
@@ -153,6 +166,7 @@ class Record:
         self._folder.write_status(best=found)
         hub = self.setup.recipe.hub
         if hub is not None and hub.when == "best":
+            self.check_reload(())  # nothing is pushed that cannot be used
             self._describe()
             push_best(self.path, hub, found)
 
@@ -166,6 +180,30 @@ class Record:
         if not final.exists() or not read_status(self.path).get("best"):
             self._write_model(model, None)
 
+    def check_reload(self, signals: Sequence[str]) -> None:
+        """Let a fresh process load the model that was kept, and compare: what is called done can be used.
+
+        Raises:
+            TrainingError: what was written is not the model that was trained.
+            Interrupted: one of `signals` came meanwhile.
+        """
+
+        def on_wait() -> None:
+            if signals:
+                raise Interrupted(f"stopped by {signals[0]} while the model was loaded to compare it")
+
+        if self.is_main:
+            why = left_out(self.setup)
+            found = {"compared": False, "why": why}
+            if why is None:
+                found = check_reload(self.path, self.setup, self.samples, on_wait=on_wait)
+            self._folder.write_status(reload=found)
+
+    @cached_property
+    def samples(self) -> Samples:
+        """The validation samples that the model is compared on after it was written."""
+        return samples_of(self.setup)
+
     @contextmanager
     def closing(self, accelerator: Accelerator) -> Iterator[None]:
         """Write status, wall time and curves when training ends, however it ends."""
@@ -173,7 +211,7 @@ class Record:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, (KeyboardInterrupt, Interrupted)):
                 self.status = "interrupted"
             self.why = self.why or (str(error).splitlines() or [type(error).__name__])[0]
             with suppress(FinetuneError):  # on a full or vanished disk; what came first is what to tell
@@ -226,6 +264,9 @@ class Record:
         run = load_run(self.path)
         run = replace(run, status=run.status | {"best": best})
         write_artefact(aside, replace(self.setup.backbone, model=model), self.setup, run)
+        (self.path / EXPECTED).unlink(missing_ok=True)
+        if not left_out(self.setup):
+            write_expected(self.path, model, self.samples)
         with writing(self.path):
             if final.exists():
                 final.rename(old)

@@ -155,9 +155,9 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
 
         if "adapter_of" in backbone.source and not adapter.merge:
             raise RecipeError(
-                f"{recipe.where('strategy')}: the backbone '{recipe.backbone.id}' is an adapter itself. It is merged into "
-                "its base for this run, and nobody could load another adapter on that. Set `strategy.merge: true` to "
-                "save the whole model, or start from a run that did."
+                f"{recipe.where('strategy')}: backbone '{recipe.backbone.id}' is an adapter itself, merged into its "
+                "base for this run: nobody could load another adapter on that. Set `strategy.merge: true` to save the "
+                "whole model, or start from a run that did."
             )
         backbone = add_adapters(backbone, adapter, seed=seed, total_steps=timeline.total_steps)
     plans, notes = plan_phases(

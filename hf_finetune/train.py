@@ -80,8 +80,12 @@ def finetune(
     progress.say(f"{setup.trainable_size:,} of {setup.total_size:,} parameters train ({share:.3g} %)")
     with watched_signals() as signals, progress, record.closing(accelerator):
         try:
-            record.status, record.why = _train(setup, accelerator, record, progress, signals)
+            status, why = _train(setup, accelerator, record, progress, signals)
             record.keep_if_none(setup.backbone.model)  # where no evaluation gave a number
+            if status == "done":
+                progress.doing("comparing")
+                record.check_reload(signals)
+            record.status, record.why = status, why
         except torch.OutOfMemoryError:
             size = setup.micro_batch_size
             raise TrainingError(

@@ -35,7 +35,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ),
     ("plan: a recipe on one backbone, one data set, one machine", {"defaults", "precision", "timeline", "setup"}),
     ("run: the loop and what it leaves behind", {"checkpoint", "hub", "position", "record", "resume", "stopping", "train"}),
-    ("entries: what people call", {"", "cli", "compare", "explain", "inference"}),
+    ("entries: what people call", {"", "cli", "compare", "explain", "export", "inference"}),
 ]  # fmt: skip
 
 HEAVY = [
@@ -55,7 +55,7 @@ HEAVY = [
 LIGHT = [
     "", "cli", "errors", "spec", "monitor", "schedule", "optim", "runfolder", "timeline", "defaults",
     "recipe", "recipe_spec", "recipe_schema", "recipe_errors", "yaml_source", "checks",
-    "augment.spec", "augment.presets", "hub.fetch", "hub.spec", "data.spec", "data.labels", "data.report", "models.spec", "models.anatomy",
+    "augment.spec", "augment.presets", "hub.fetch", "hub.fresh", "hub.spec", "hub.reader", "data.spec", "data.labels", "data.report", "models.spec", "models.anatomy",
     "shipped", "strategies", "tasks", "tasks.metrics",
 ]  # fmt: skip
 
