@@ -77,7 +77,7 @@ def load_trained(place: str) -> Trained:
     labels = Labels(recipe.data.labels, _label_names(folder))
     modality = TASKS[recipe.task].modality
     if (folder / ADAPTER_CONFIG).is_file():
-        from hf_finetune.models.adapters import load_adapter
+        from hf_finetune.models.adapter_files import load_adapter
 
         base = load_backbone(recipe.backbone, labels, modality, seed=recipe.training.seed)
         return Trained(recipe, labels, load_adapter(base, folder), recorded)

@@ -41,7 +41,7 @@ def _save_model(backbone: Backbone, folder: Path, labels: Labels) -> None:
     if backbone.adapter is None:
         save_backbone(backbone, folder, labels)
         return
-    from hf_finetune.models.adapters import merged, save_adapter
+    from hf_finetune.models.adapter_files import merged, save_adapter
 
     if backbone.adapter.spec.merge:
         save_backbone(merged(backbone), folder, labels)
