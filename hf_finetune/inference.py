@@ -81,7 +81,8 @@ def load_trained(place: str) -> Trained:
 
         base = load_backbone(recipe.backbone, labels, modality, seed=recipe.training.seed)
         return Trained(recipe, labels, load_adapter(base, folder), recorded)
-    spec = recipe.backbone.model_copy(update={"id": str(folder), "revision": None, "pretrained": True})
+    plain = {"id": str(folder), "revision": None, "pretrained": True, "quantize": None}
+    spec = recipe.backbone.model_copy(update=plain)
     backbone = load_backbone(spec, labels, modality, seed=recipe.training.seed)
     if backbone.report.new:
         raise ModelError(

@@ -39,6 +39,10 @@ def write_artefact(folder: Path, backbone: Backbone, setup: Setup, best: dict[st
 def _save_model(backbone: Backbone, folder: Path, labels: Labels) -> None:
     """Write the model in its own library's format, or as a peft adapter of its base."""
     if backbone.adapter is None:
+        if "quantize" in backbone.source:
+            from hf_finetune.models.quantize import dequantized
+
+            backbone = dequantized(backbone)
         save_backbone(backbone, folder, labels)
         return
     from hf_finetune.models.adapter_files import merged, save_adapter

@@ -16,7 +16,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from hf_finetune.models.adapter import NAME, Adapter
 from hf_finetune.models.adapters import plain_name, quiet, tuner_layers
 from hf_finetune.models.backbone import Backbone, TextInput
 from hf_finetune.models.load import save_beside, seeded
+from hf_finetune.models.quantize import dequantize_layers
 
 WEIGHTS = "adapter_model.safetensors"
 _ROOT = "base_model.model."
@@ -47,7 +48,8 @@ def save_adapter(backbone: Backbone, folder: Path, labels: Any) -> None:
     on_base = _start_from_base(adapter, config, tensors, own)
 
     # What the base model does not hold, or holds otherwise, by its name in the base model.
-    plain = {plain_name(name): name for name in own if not _is_adapter(name, backbone.model)}
+    modules = dict(backbone.model.named_modules())
+    plain = {plain_name(name): name for name in own if not _is_adapter(name, modules)}
     marks = fingerprints({each: own[name] for each, name in plain.items()})
     moved = {each for each, mark in marks.items() if adapter.pretrained.get(each) != mark}
     if on_base:
@@ -92,20 +94,46 @@ def load_adapter(backbone: Backbone, folder: Path) -> Backbone:
 def merged(backbone: Backbone) -> Backbone:
     """Return a copy of the backbone with its adapters merged into the weights: a plain network again."""
     model = copy.deepcopy(backbone.model)
+    if "quantize" in backbone.source:
+        model = _on_plain_layers(backbone, model)
     for name, layer in tuner_layers(model).items():
         layer.merge()
         model.set_submodule(name, layer.get_base_layer())
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        model.__dict__.pop(attribute, None)
+    _forget_peft(model)
     return replace(backbone, model=model, adapter=None)
 
 
-def _is_adapter(name: str, model: nn.Module) -> bool:
+def _on_plain_layers(backbone: Backbone, model: nn.Module) -> nn.Module:
+    """Return a network of quantised layers with plain ones in their places, its adapters on those.
+
+    What peft merges into quantised weights it rounds as they are.
+    """
+    adapter = backbone.adapter
+    assert adapter is not None
+    own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    config = copy.deepcopy(adapter.config)
+    tensors = _adapter_tensors(adapter, config, own)
+    for name, layer in tuner_layers(model).items():
+        model.set_submodule(name, layer.get_base_layer())
+    _forget_peft(model)
+    dequantize_layers(model)
+    with seeded(0), quiet():
+        shell = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+        set_peft_model_state_dict(shell, tensors)
+    return shell.get_base_model().eval()
+
+
+def _forget_peft(model: nn.Module) -> None:
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        model.__dict__.pop(attribute, None)
+
+
+def _is_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
     """Return whether a tensor of the state dict is part of an adapter."""
     path = name
     while path:
         path, _, last = path.rpartition(".")
-        if isinstance(model.get_submodule(path), BaseTunerLayer):
+        if isinstance(modules.get(path), BaseTunerLayer):  # a quantised weight has tensors below its name
             return last != "base_layer"
     return False
 

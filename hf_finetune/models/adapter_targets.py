@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_finetune.errors import ModelError
 from hf_finetune.models.anatomies import attends, is_norm
 from hf_finetune.models.anatomy import HEAD
-from hf_finetune.models.backbone import Backbone, ImageInput
-from hf_finetune.models.load import forward
+from hf_finetune.models.backbone import Backbone
+from hf_finetune.models.forward import unwrappable
 from hf_finetune.strategies.methods import METHODS, TARGETS, AdapterSpec, Layer, Method
 
 _PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
@@ -30,21 +29,21 @@ def choose_targets(
         ModelError: the backbone has no layers of the kind asked for.
     """
     model = backbone.model
-    asked = [name for name in _layers(model, groups) if _asked(spec.targets, name, model, method)]
+    asked = [name for name in block_layers(model, groups) if _asked(spec.targets, name, model, method)]
     if not asked:
-        some = [name for name, _ in zip(_layers(model, groups), range(3), strict=False)]
+        some = [name for name, _ in zip(block_layers(model, groups), range(3), strict=False)]
         raise ModelError(
             f"strategy.targets: '{spec.targets}' finds no layer in the blocks of {backbone.source['architecture']}. "
             f"Choose from {', '.join(TARGETS)}, or a regular expression on names such as {', '.join(some)}."
         )
     modules = dict(model.named_modules())
     reasons = {name: _unsuitable(spec, method, modules, name) for name in asked}
-    reasons |= _unwrappable(backbone, [name for name, reason in reasons.items() if reason is None])
+    reasons |= unwrappable(backbone, [name for name, reason in reasons.items() if reason is None])
     chosen = [name for name, reason in reasons.items() if reason is None]
     return chosen, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _layers(model: nn.Module, groups: Mapping[str, str]) -> Iterator[str]:
+def block_layers(model: nn.Module, groups: Mapping[str, str]) -> Iterator[str]:
     """Yield the names of all layers with a weight in the blocks."""
     for name, module in model.named_modules():
         if groups.get(name, HEAD).startswith("block.") and (layer_kind(module) or is_norm(module)):
@@ -111,7 +110,7 @@ def _unsuitable(spec: AdapterSpec, method: Method, modules: Mapping[str, nn.Modu
         if module.groups > 1 and (not method.grouped or spec.merge or spec.rank % module.groups):
             return f"{module.groups} groups" + (f", rank {spec.rank}" if method.grouped else "")
     size = spec.peft_options().get(method.block or "")
-    if size and math.prod(layer_weight(module).shape[1:]) % size:
+    if size and math.prod(layer_shape(module)[1:]) % size:
         return f"its inputs are no multiple of {method.block} {size}"
     return None
 
@@ -125,64 +124,19 @@ def layer_kind(module: nn.Module) -> Any:
     return kind or ("norm" if is_norm(module) and list(module.parameters(recurse=False)) else None)
 
 
-def layer_weight(module: nn.Module) -> Tensor:
-    """Return a layer's weight, which comes before its bias."""
+def layer_shape(module: nn.Module) -> tuple[int, ...]:
+    """Return the shape of a layer's weight; that of a quantised one as if it were not."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(_weight(module).shape)
+
+
+def _weight(module: nn.Module) -> Tensor:
     return next(module.parameters(recurse=False))
 
 
 def _is_quantised(module: nn.Module) -> bool:
-    return not layer_weight(module).is_floating_point()
-
-
-class _Probe(nn.Module):
-    """Stands where peft would put its wrapper around a layer, and notes what the network does with it."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.called = False
-        self.read: str | None = None
-        """An attribute of the layer that the wrapper would not have."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.called = True
-        return self.layer(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name not in ("weight", "bias", "in_features", "out_features"):
-                self.read = name
-            return getattr(self.layer, name)
-
-
-def _unwrappable(backbone: Backbone, names: Iterable[str]) -> dict[str, str]:
-    """Return which of these layers the network would not find behind peft's wrapper, and why, by one forward pass.
-
-    timm's BEiT reads a weight and leaves its layer out; transformers' MobileNet reads a convolution's stride.
-    """
-    model = backbone.model.eval()
-    probes = {name: _Probe(model.get_submodule(name)) for name in names}
-    inputs: dict[str, Tensor]
-    if isinstance(backbone.input, ImageInput):
-        inputs = {"pixel_values": torch.zeros(1, len(backbone.input.mean), *backbone.input.size)}
-    else:
-        inputs = dict(backbone.input.tokenizer("a", return_tensors="pt"))
-    device = next(model.parameters()).device
-    for name, probe in probes.items():
-        model.set_submodule(name, probe)
-    try:
-        with torch.no_grad():
-            forward(model, {name: tensor.to(device) for name, tensor in inputs.items()})
-    finally:
-        for name, probe in probes.items():
-            model.set_submodule(name, probe.layer)
-    unread = {
-        name: "its weight is read without calling the layer" for name, p in probes.items() if not p.called
-    }
-    read = {name: f"the network reads its {p.read}, which peft hides" for name, p in probes.items() if p.read}
-    return read | unread
+    return not _weight(module).is_floating_point()
 
 
 def no_target(spec: AdapterSpec, method: Method, backbone: Backbone, left_out: Mapping[str, str]) -> str:

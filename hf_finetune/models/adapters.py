@@ -14,12 +14,12 @@ from typing import Any
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from hf_finetune.errors import ModelError, RecipeError, did_you_mean
 from hf_finetune.freeze import fingerprints
 from hf_finetune.models.adapter import Adapter, Target
-from hf_finetune.models.adapter_targets import choose_targets, layer_kind, layer_weight, no_target
+from hf_finetune.models.adapter_targets import choose_targets, layer_kind, layer_shape, no_target
 from hf_finetune.models.anatomies import is_norm, module_groups
 from hf_finetune.models.anatomy import Anatomy
 from hf_finetune.models.backbone import Backbone
@@ -50,7 +50,7 @@ def add_adapters(backbone: Backbone, spec: AdapterSpec, *, seed: int, total_step
     absent = {*report.new, *report.missing, *report.mismatched}
     before = fingerprints({name: tensor for name, tensor in model.state_dict().items() if name not in absent})
     modules = dict(model.named_modules())
-    layers = {name: (layer_kind(modules[name]), tuple(layer_weight(modules[name]).shape)) for name in chosen}
+    layers = {name: (layer_kind(modules[name]), layer_shape(modules[name])) for name in chosen}
 
     config = _config(spec, method, modules, chosen, total_steps)
     with seeded(seed), quiet():
@@ -146,7 +146,7 @@ def _derived(
     if method.peft_type == "IA3":
         # The paper scales keys, values and the inner activations of the MLP: what a narrowing layer gets.
         narrowing = [
-            n for n in chosen if layer_kind(modules[n]) == "linear" and _narrows(layer_weight(modules[n]))
+            n for n in chosen if layer_kind(modules[n]) == "linear" and _narrows(layer_shape(modules[n]))
         ]
         return {"feedforward_modules": narrowing}
     if method.peft_type == "ADALORA":
@@ -157,8 +157,8 @@ def _derived(
     return {}
 
 
-def _narrows(weight: Tensor) -> bool:
-    return weight.ndim == 2 and weight.shape[0] < weight.shape[1]
+def _narrows(shape: tuple[int, ...]) -> bool:
+    return shape[0] < shape[1]
 
 
 def _with_adapters(
@@ -171,10 +171,7 @@ def _with_adapters(
     for name, tensor in model.named_parameters():
         layer = ours.get(id(tensor))
         if layer is None:
-            fixed = not tensor.is_floating_point()
-            parameters.append(
-                replace(before[plain_name(name)], name=name, shape=tuple(tensor.shape), is_fixed=fixed)
-            )
+            parameters.append(replace(before[plain_name(name)], name=name))
             continue
         norm = is_norm(owners[layer].get_base_layer())  # type: ignore[operator]
         example = next(p for p in anatomy.parameters if p.name.startswith(f"{layer}."))
