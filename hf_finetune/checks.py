@@ -319,22 +319,21 @@ def quantised_weights_stay(recipe: Recipe) -> Iterator[Conflict]:
     kind, strategy, adapter = recipe.backbone.quantize, recipe.strategy, recipe.strategy.to_adapter()
     if kind is None:
         return
-    phases = list(enumerate(getattr(strategy, "phases", [])))
-    learning = {f"strategy.phases.{i}.train": phase.train for i, phase in phases} or {
-        "strategy.name": strategy.name
-    }
-    allowed = _BESIDE_WEIGHTS if phases else ("frozen", "bitfit", "norms", "peft", *METHODS)
-    for key, value in learning.items():
-        asked = value if isinstance(value, list) else [value]
-        if other := next((each for each in asked if isinstance(each, str) and each not in allowed), None):
+    phases: list[Any] = getattr(strategy, "phases", [])
+    allowed: tuple[str, ...] = _BESIDE_WEIGHTS if phases else (*_NO_WEIGHTS_LEARN, *METHODS, "peft")
+    asked = {f"strategy.phases.{i}.train": phase.train for i, phase in enumerate(phases)}
+    able = [name for name, method in METHODS.items() if kind in method.on]
+    for key, value in (asked or {"strategy.name": strategy.name}).items():
+        words = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+        if other := next((word for word in words if word not in allowed), None):
+            choice = allowed if phases else (*(_NO_WEIGHTS_LEARN if kind == "4bit" else ()), *able)
             yield Conflict(
                 ("backbone.quantize", key),
                 f"quantised weights cannot learn, and {other} trains them",
-                f"choose from {', '.join(allowed)}, or remove backbone.quantize",
+                f"choose from {', '.join(choice)}, or remove backbone.quantize",
             )
             return
     if adapter and kind not in adapter.table_row.on:
-        able = [name for name, method in METHODS.items() if kind in method.on]
         yield Conflict(
             ("backbone.quantize", "strategy.name"),
             f"peft computes no {adapter.method} on layers in {kind}",
@@ -344,10 +343,11 @@ def quantised_weights_stay(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(
             ("backbone.quantize", "strategy.name"),
             "layers in 8bit round what they are given, so a plain model would not answer as the one measured",
-            "set backbone.quantize: 4bit, or keep adapters unmerged",
+            "set backbone.quantize: 4bit, or train adapters with merge: false",
         )
 
 
+_NO_WEIGHTS_LEARN = ("frozen", "bitfit", "norms")
 _BESIDE_WEIGHTS = ("head", "last:1", "adapters", "biases", "norms")
 """Selectors that mean no weights of the blocks."""
 

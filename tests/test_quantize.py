@@ -119,6 +119,9 @@ def test_transformers_and_peft_alone_give_the_same_logits(kind: str, tmp_path: P
         quantization_config=transformers.BitsAndBytesConfig(**facts["config"]),
     )
     model = peft.PeftModel.from_pretrained(whole, str(run.model_folder))
+    card = (run.model_folder / "README.md").read_text(encoding="utf-8")
+    assert f"base model in {kind}" in card
+    assert f"quantization_config=BitsAndBytesConfig(load_in_{kind}=True" in card
     ours = load_trained(str(run.path)).backbone.model
     assert torch.allclose(logits(model, "bert"), logits(ours, "bert"), rtol=1e-6, atol=1e-6)
     assert logits(ours, "bert").abs().max() > 0

@@ -25,7 +25,7 @@ from peft import PeftModel
 base = timm.create_model("{base}", pretrained=True, num_classes={outputs}{options})
 model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER").eval()""",
     "transformers": """from peft import PeftModel
-from transformers import {auto}
+from transformers import {imports}
 
 base = {auto}.from_pretrained("{base}", num_labels={outputs}{options})
 model = PeftModel.from_pretrained(base, "PATH/TO/THIS/FOLDER").eval()""",
@@ -71,6 +71,12 @@ def model_card(setup: Setup, best: dict[str, Any] | None) -> str:
         figures = (
             f"Measured on {report.rows['validation']} validation rows of `{source}`, at step {best['step']} "
             f"(epoch {best['epoch']:g}):\n\n| metric | value |\n| --- | --- |\n{rows}"
+        )
+    if is_adapter and (quantized := setup.backbone.source.get("quantize")):
+        figures += (
+            f"\n\nThese are figures of the base model in {quantized['kind']} (bitsandbytes: {quantized['layers']} "
+            "linear layers of its blocks). On the base model in full precision the adapter works too, and answers "
+            "differ a little."
         )
     counts = report.class_counts.get("train", {})
     label_rows = "\n".join(
@@ -122,6 +128,11 @@ def _adapter_usage(setup: Setup, from_hub: bool) -> str:
         "base": base,
         "outputs": str(setup.splits.labels.outputs),
         "auto": _AUTO[recipe.task],
+        "imports": _AUTO[recipe.task],
         "options": "".join(f", {key}={value!r}" for key, value in recipe.backbone.options.items()),
     }
+    if quantized := setup.backbone.source.get("quantize"):
+        arguments = ", ".join(f"{key}={value!r}" for key, value in quantized["config"].items())
+        values["imports"] += ", BitsAndBytesConfig"
+        values["options"] += f", quantization_config=BitsAndBytesConfig({arguments})"
     return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], _ADAPTER_USAGE[library])
