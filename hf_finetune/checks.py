@@ -316,6 +316,44 @@ def frozen_layers_are_pretrained(recipe: Recipe) -> Iterator[Conflict]:
         )
 
 
+def quantised_weights_stay(recipe: Recipe) -> Iterator[Conflict]:
+    """What is kept in 8 or 4 bits does not learn, and what is saved answers as what was measured."""
+    kind, strategy, adapter = recipe.backbone.quantize, recipe.strategy, recipe.strategy.to_adapter()
+    if kind is None:
+        return
+    phases: list[Any] = getattr(strategy, "phases", [])
+    allowed: tuple[str, ...] = _BESIDE_WEIGHTS if phases else (*_NO_WEIGHTS_LEARN, *METHODS, "peft")
+    asked = {f"strategy.phases.{i}.train": phase.train for i, phase in enumerate(phases)}
+    able = [name for name, method in METHODS.items() if kind in method.on]
+    for key, value in (asked or {"strategy.name": strategy.name}).items():
+        words = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+        if other := next((word for word in words if word not in allowed), None):
+            choice = allowed if phases else (*(_NO_WEIGHTS_LEARN if kind == "4bit" else ()), *able)
+            yield Conflict(
+                ("backbone.quantize", key),
+                f"quantised weights cannot learn, and {other} trains them",
+                f"choose from {', '.join(choice)}, or remove backbone.quantize",
+            )
+            return
+    if adapter and kind not in adapter.table_row.on:
+        yield Conflict(
+            ("backbone.quantize", "strategy.name"),
+            f"peft computes no {adapter.method} on layers in {kind}",
+            f"methods that can: {', '.join(able)}",
+        )
+    elif kind == "8bit" and (adapter is None or adapter.merge):
+        yield Conflict(
+            ("backbone.quantize", "strategy.name"),
+            "layers in 8bit round what they are given, so a plain model would not answer as the one measured",
+            "set backbone.quantize: 4bit, or train adapters with merge: false",
+        )
+
+
+_NO_WEIGHTS_LEARN = ("frozen", "bitfit", "norms")
+_BESIDE_WEIGHTS = ("head", "last:1", "adapters", "biases", "norms")
+"""Selectors that mean no weights of the blocks."""
+
+
 def remote_code_is_pinned(recipe: Recipe) -> Iterator[Conflict]:
     """Code from the Hub is run as it was when somebody looked at it."""
     backbone = recipe.backbone
@@ -420,6 +458,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     phases_fill_the_run,
     both_stages_happen,
     frozen_layers_are_pretrained,
+    quantised_weights_stay,
     remote_code_is_pinned,
     pickles_are_files,
     revisions_are_of_the_hub,

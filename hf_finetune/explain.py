@@ -93,6 +93,12 @@ def _print_weights(setup: Setup) -> None:
         f"{100 * report.share:.4g} % of the backbone loaded{head}; {backbone.library} "
         f"{backbone.source.get('architecture')}, family {backbone.anatomy.family}; from {report.source}"
     )
+    if quantized := backbone.source.get("quantize"):
+        before, after = (size / 1e6 for size in quantized["bytes"])
+        note += (
+            f"\n{quantized['layers']} linear layers of the blocks in {quantized['kind']}: the weights take "
+            f"{after:.4g} MB instead of {before:.4g} MB"
+        )
     _show(Table(f"Weights: {setup.recipe.backbone.id}", ["tensors", "count", "names"], rows, note))
 
 

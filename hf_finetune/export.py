@@ -192,7 +192,7 @@ def _merged(backbone: Backbone) -> nn.Module:
     """Return the network without adapters, in torch's own memory layout."""
     model = backbone.model
     if any("PeftModel" in type(m).__name__ or hasattr(m, "base_layer") for m in model.modules()):
-        from hf_finetune.models.adapters import merged
+        from hf_finetune.models.adapter_files import merged
 
         model = merged(backbone).model
     return model.eval()

@@ -94,7 +94,7 @@ def load_trained(place: str) -> Trained:
     labels = Labels(recipe.data.labels, _label_names(folder))
     modality = TASKS[recipe.task].modality
     if (folder / ADAPTER_CONFIG).is_file():
-        from hf_finetune.models.adapters import load_adapter
+        from hf_finetune.models.adapter_files import load_adapter
 
         adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         pinned = {"revision": adapter["revision"]} if adapter.get("revision") else {}
@@ -107,9 +107,8 @@ def load_trained(place: str) -> Trained:
                 f"{place}: it is an adapter, and its base model cannot be loaded. {error}"
             ) from None
         return Trained(recipe, labels, load_adapter(base, folder), recorded, data_commit, repository)
-    spec = recipe.backbone.model_copy(
-        update={"id": str(folder), "revision": None, "pretrained": True, "keep_head": True}
-    )
+    plain = {"id": str(folder), "revision": None, "pretrained": True, "keep_head": True, "quantize": None}
+    spec = recipe.backbone.model_copy(update=plain)
     backbone = load_backbone(spec, labels, modality, seed=recipe.training.seed)
     if backbone.report.new:
         raise ModelError(

@@ -152,6 +152,8 @@ def _fact_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
         ("hardware", "device"),
     ]
     places += [("versions", package) for package in RESULT_PACKAGES]
+    if _at(was, ("backbone", "quantize")):
+        places.append(("versions", "bitsandbytes"))
     for place in places:
         before, after = _at(was, place), _at(now, place)
         if before is not None and before != after:

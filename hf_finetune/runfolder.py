@@ -41,7 +41,7 @@ RECIPE, METRICS, STATUS, MODEL, CHECKPOINTS = (
 PREDICTIONS = "predictions.json"
 PACKAGES = (
     "hf-finetune", "torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "peft",
-    "evaluate", "safetensors", "huggingface_hub", "tokenizers", "scikit-learn", "numpy", "pydantic",
+    "evaluate", "safetensors", "huggingface_hub", "tokenizers", "scikit-learn", "numpy", "pydantic", "bitsandbytes",
 )  # fmt: skip
 
 

@@ -106,6 +106,10 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         recipe = recipe.model_copy(
             update={"backbone": recipe.backbone.model_copy(update={"pretrained": False})}
         )
+    if recipe.backbone.quantize:
+        from hf_finetune.models.quantize import check_device
+
+        check_device(recipe.backbone.quantize, device)
     backbone = load_backbone(recipe.backbone, splits.labels, splits.modality, seed=seed)
 
     image_side = min(backbone.input.size) if isinstance(backbone.input, ImageInput) else None

@@ -1310,6 +1310,62 @@ BROKEN = [
         """,
     ),
     Broken(
+        "quantised weights that would learn",
+        """
+        strategy: gradual
+        backbone: {id: shipped/tiny-resnet, quantize: 4bit}
+        """,
+        """
+        recipe.yaml:2: backbone.quantize
+          given 4bit, with strategy.name: gradual (recipe.yaml:1)
+          quantised weights cannot learn, and gradual trains them
+          choose from frozen, bitfit, norms, lora, dora, rslora, lora_plus, adalora, ia3, vera, oft, boft, ln_tuning, or remove backbone.quantize
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "quantised weights that a phase would train",
+        """
+        strategy: {adapter: lora, phases: [{train: [adapters, head], for: 50%}, {train: "last:2"}]}
+        backbone: {id: user/net, quantize: 8bit}
+        """,
+        """
+        recipe.yaml:2: backbone.quantize
+          given 8bit, with strategy.phases.1.train: last:2 (recipe.yaml:1)
+          quantised weights cannot learn, and last:2 trains them
+          choose from head, last:1, adapters, biases, norms, or remove backbone.quantize
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "a method that cannot go on quantised layers",
+        """
+        strategy: pissa
+        backbone: {id: user/net, quantize: 4bit}
+        """,
+        """
+        recipe.yaml:2: backbone.quantize
+          given 4bit, with strategy.name: pissa (recipe.yaml:1)
+          peft computes no pissa on layers in 4bit
+          methods that can: lora, dora, rslora, lora_plus, adalora, ia3, vera, oft, boft, ln_tuning
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "8 bits merged",
+        """
+        strategy: {name: lora, merge: true}
+        backbone: {id: user/net, quantize: 8bit}
+        """,
+        """
+        recipe.yaml:2: backbone.quantize
+          given 8bit, with strategy.name: lora (recipe.yaml:1)
+          layers in 8bit round what they are given, so a plain model would not answer as the one measured
+          set backbone.quantize: 4bit, or train adapters with merge: false
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
         "code from the Hub",
         """
         strategy: full

@@ -23,7 +23,8 @@ from hf_finetune.data.labels import Labels
 from hf_finetune.errors import ModelError, RecipeError
 from hf_finetune.explain import explain_recipe
 from hf_finetune.inference import evaluate_model, load_trained, predict_inputs
-from hf_finetune.models.adapters import add_adapters, load_adapter, merged, save_adapter
+from hf_finetune.models.adapter_files import load_adapter, merged, save_adapter
+from hf_finetune.models.adapters import add_adapters
 from hf_finetune.models.anatomy import HEAD
 from hf_finetune.models.load import Backbone, forward, load_backbone, save_backbone
 from hf_finetune.models.spec import BackboneSpec

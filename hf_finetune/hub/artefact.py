@@ -84,9 +84,13 @@ def _save_model(backbone: Backbone, folder: Path, setup: Setup) -> None:
     """
     labels: Labels = setup.splits.labels
     if backbone.adapter is None:
+        if "quantize" in backbone.source:
+            from hf_finetune.models.quantize import dequantized
+
+            backbone = dequantized(backbone)
         save_backbone(backbone, folder, labels)
         return
-    from hf_finetune.models.adapters import merged, save_adapter
+    from hf_finetune.models.adapter_files import merged, save_adapter
 
     if backbone.adapter.spec.merge:
         save_backbone(merged(backbone), folder, labels)

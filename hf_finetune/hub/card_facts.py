@@ -77,6 +77,8 @@ class CardFacts:
     """run.json."""
     adapter: Mapping[str, Any] | None = None
     """What run.json says of the adapters."""
+    quantized: Mapping[str, Any] | None = None
+    """What run.json says of a base model in 8 or 4 bits."""
     merged: bool = False
     """The adapters were merged into the weights."""
     answers: Answers | None = None
@@ -127,6 +129,7 @@ def collect(
         rows=run.rows,
         run=run.status,
         adapter=adapter.facts() if adapter else None,
+        quantized=backbone.source.get("quantize"),
         merged=adapter is not None and adapter.spec.merge,
         answers=run.predictions() if final and run.best else None,
         max_length=min(backbone.input.max_length, limit) if isinstance(backbone.input, TextInput) else None,

@@ -76,6 +76,12 @@ def results(facts: CardFacts) -> str:
         f"Measured on {rows_measured(facts)}, at step {best['step']:,} (epoch {best['epoch']:g}){average}:",
         markdown_table(table.columns, table.rows),
     ]
+    if facts.is_adapter and facts.quantized:
+        lines.append(
+            f"These are figures of the base model in {facts.quantized['kind']} (bitsandbytes: "
+            f"{facts.quantized['layers']} linear layers of its blocks). On the base model in full precision the "
+            "adapter works too, and answers differ a little."
+        )
     if count > 1:
         lines.append(
             f"These are the best of {count} evaluations by validation {best['metric']}. The same rows chose and "

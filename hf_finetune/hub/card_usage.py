@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from string import Template
+from typing import Any
 
 from hf_finetune.hub.card_facts import CardFacts
 
@@ -62,11 +64,11 @@ print(classify($text))"""
 _ADAPTER = """\
 import torch
 from peft import PeftModel$import_image
-from transformers import AutoConfig, $auto, $beside
+from transformers import AutoConfig, $auto, $beside$import_quantize
 
 config = AutoConfig.from_pretrained("$folder")  # the base model's, with these labels
 base = $auto.from_pretrained(
-    "$base"$revision, config=config, ignore_mismatched_sizes=True
+    "$base"$revision, config=config, ignore_mismatched_sizes=True$quantize
 )
 model = PeftModel.from_pretrained(base, "$folder").eval()
 read = $beside.from_pretrained("$folder")
@@ -91,7 +93,9 @@ def snippets(facts: CardFacts) -> list[str]:
         "base": _base(facts),
         "revision": f', revision="{facts.base.commit}"' if facts.base.commit else "",
         "outputs": str(labels.outputs),
-        "options": "".join(f", {key}={value!r}" for key, value in facts.recipe.backbone.options.items()),
+        "options": "".join(
+            f", {_arguments({key: value})}" for key, value in facts.recipe.backbone.options.items()
+        ),
         "names": repr(list(labels.names))
         if labels.outputs <= LISTED
         else f"[str(number) for number in range({labels.outputs})]  # their words: label_names in config.json",
@@ -102,6 +106,10 @@ def snippets(facts: CardFacts) -> list[str]:
         "import_image": "\nfrom PIL import Image" if image else "",
         "input": 'Image.open("photo.jpg").convert("RGB")' if image else f"{texts}, {cut}",
         "answer": _ANSWERS[labels.kind],
+        "import_quantize": ", BitsAndBytesConfig" if facts.quantized else "",
+        "quantize": f",\n    quantization_config=BitsAndBytesConfig({_arguments(facts.quantized['config'])}),"
+        if facts.quantized
+        else "",
     }
     if facts.is_adapter:
         templates = [_TIMM_ADAPTER if facts.library == "timm" else _ADAPTER]
@@ -110,6 +118,10 @@ def snippets(facts: CardFacts) -> list[str]:
     else:
         templates = [_IMAGE_PIPELINE if image else _TEXT_PIPELINE]
     return [Template(each).substitute(known) for each in templates]
+
+
+def _arguments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in values.items())
 
 
 def _base(facts: CardFacts) -> str:

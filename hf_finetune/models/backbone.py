@@ -77,7 +77,8 @@ class Backbone:
     input: ImageInput | TextInput
     report: LoadReport
     source: dict[str, Any]
-    """id, revision, commit (when known), folder (None when built from the registry), architecture."""
+    """id, revision, commit (when known), folder (None when built from the registry), architecture; of one that was
+    quantised, how (`quantize`)."""
     processor: Any = None
     """The image processor of a transformers checkpoint, saved along with the model."""
     adapter: Adapter | None = None

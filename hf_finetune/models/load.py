@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import set_reentrant_ckpt
 from timm.models import load_state_dict
-from torch import Tensor, nn
+from torch import nn
 
 from hf_finetune.data.labels import Labels
 from hf_finetune.errors import ModelError
@@ -28,6 +28,7 @@ from hf_finetune.models import load_timm
 from hf_finetune.models.anatomies import module_groups, output_layers, timm_anatomy, transformers_anatomy
 from hf_finetune.models.anatomy import HEAD, Anatomy
 from hf_finetune.models.backbone import Backbone, ImageInput, LoadReport, Modality, TextInput
+from hf_finetune.models.forward import forward
 from hf_finetune.models.inputs import load_processor, load_text_input, processor_input, timm_input
 from hf_finetune.models.layout import CONFIG, WEIGHTS
 from hf_finetune.models.load_timm import Loading
@@ -53,10 +54,12 @@ __all__ = [
 def load_backbone(spec: BackboneSpec, labels: Labels, modality: Modality, *, seed: int) -> Backbone:
     """Return the backbone a spec names, with outputs for `labels`, on the CPU, in float32, in eval mode.
 
-    What is newly initialised depends on `seed` alone; the global random state is left as it was.
+    What is newly initialised depends on `seed` alone; the global random state is left as it was. With `quantize` the
+    linear layers of the blocks are in 8 or 4 bits.
 
     Raises:
-        ModelError: it cannot be found, does not read `modality`, or the checkpoint fills too little of it.
+        ModelError: it cannot be found, does not read `modality`, cannot be quantised, or the checkpoint fills too
+            little of it.
     """
     pinned = COMMIT.fullmatch(spec.revision or "") or Path(spec.id).expanduser().is_dir()
     if spec.trust_remote_code and not pinned:
@@ -70,9 +73,13 @@ def load_backbone(spec: BackboneSpec, labels: Labels, modality: Modality, *, see
             source = _merged_into_base(spec, source, modality, Path(aside))
         elif source.pickle is not None:
             source = _unpickled(spec, source, Path(aside))
-        if source.library == "timm":
-            return _load_timm(spec, source, labels, modality)
-        return _load_transformers(spec, source, labels, modality)
+        load = _load_timm if source.library == "timm" else _load_transformers
+        backbone = load(spec, source, labels, modality)
+    if spec.quantize is None:
+        return backbone
+    from hf_finetune.models.quantize import quantized
+
+    return quantized(backbone, spec.quantize)
 
 
 def save_backbone(backbone: Backbone, folder: Path, labels: Labels) -> None:
@@ -116,14 +123,6 @@ def checkpoint_gradients(backbone: Backbone) -> None:
             f"training.gradient_checkpointing: {backbone.library}'s {backbone.source['architecture']} does not support "
             "it. Remove it; a smaller training.micro_batch_size saves memory too."
         ) from None
-
-
-def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return logits (N, outputs) of a model of either library, wrapped or not."""
-    # Every vision model takes its pixels first; timm's name for the argument differs from transformers'.
-    output: Any = model(inputs["pixel_values"]) if "pixel_values" in inputs else model(**inputs)
-    logits: Tensor = output.logits if hasattr(output, "logits") else output
-    return logits
 
 
 def _load_timm(spec: BackboneSpec, source: Source, labels: Labels, modality: Modality) -> Backbone:

@@ -11,6 +11,7 @@ from hf_finetune.spec import Spec
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 """Weights files of torch that are not safetensors."""
 HeadInit = Literal["zero", "library"]
+Quantize = Literal["8bit", "4bit"]
 
 
 class BackboneSpec(Spec):
@@ -26,6 +27,9 @@ class BackboneSpec(Spec):
     """Passed to the model's constructor (`drop_path_rate`, `attn_implementation`, …)."""
     head_init: HeadInit = "zero"
     """`zero` starts the new output layer at zero, so the first loss is ln(classes); `library` keeps the library's."""
+    quantize: Quantize | None = None
+    """Keep the linear layers of the blocks in `8bit` or `4bit`, for adapters to learn on (bitsandbytes:
+    `pip install 'hf_finetune[quantize]'`); null = in full."""
     min_loaded: float = Field(0.9, ge=0, le=1)
     """Smallest share of the backbone's parameters the checkpoint must fill."""
     keep_head: bool = True

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from hf_finetune.models.spec import Quantize
 from hf_finetune.spec import Auto, Spec
 
 Layer = Literal["linear", "conv", "norm"]
@@ -38,6 +39,8 @@ class Method:
     """Of convolutions it adapts those of 1 x 1 only."""
     block: str | None = None
     """The option that holds a block size which has to divide a layer's inputs."""
+    on: tuple[Quantize, ...] = ("8bit", "4bit")
+    """On which quantised layers peft computes it."""
     start: str = "lora"
     """Whose starting values it has in the table of defaults."""
 
@@ -50,12 +53,12 @@ _LYCORIS = {"r": "r", "alpha": "alpha", "dropout": "rank_dropout"} | _PATTERNS
 
 METHODS: dict[str, Method] = {
     "lora": Method("LORA", _BOTH, "Hu 2021, arXiv 2106.09685", keys=_LORA, grouped=True),
-    "dora": Method("LORA", _BOTH, "Liu 2024, arXiv 2402.09353", {"use_dora": True}, _LORA),
+    "dora": Method("LORA", _BOTH, "Liu 2024, arXiv 2402.09353", {"use_dora": True}, _LORA, on=("4bit",)),
     "rslora": Method(
         "LORA", _BOTH, "Kalajdzievski 2023, arXiv 2312.03732", {"use_rslora": True}, _LORA, rank=32, grouped=True
     ),
-    # peft initialises it by the weight's own singular vectors, which it does for matrices only.
-    "pissa": Method("LORA", _LINEAR, "Meng 2024, arXiv 2404.02948", {"init_lora_weights": "pissa"}, _LORA),
+    # peft initialises it by the weight's own singular vectors, which it does for matrices only, in full precision.
+    "pissa": Method("LORA", _LINEAR, "Meng 2024, arXiv 2404.02948", {"init_lora_weights": "pissa"}, _LORA, on=()),
     "lora_plus": Method("LORA", _BOTH, "Hayou 2024, arXiv 2402.12354", keys=_LORA, grouped=True, start="lora_plus"),
     "adalora": Method(
         "ADALORA", _BOTH, "Zhang 2023, arXiv 2303.10512",
@@ -75,8 +78,8 @@ METHODS: dict[str, Method] = {
         "BOFT", _BOTH, "Liu 2023, arXiv 2311.06243", {"boft_block_size": 4}, {"dropout": "boft_dropout"},
         block="boft_block_size", start="rotations",
     ),
-    "loha": Method("LOHA", _BOTH, "Hyeon-Woo 2021, arXiv 2108.06098", keys=_LYCORIS),
-    "lokr": Method("LOKR", _BOTH, "Yeh 2023, arXiv 2309.14859", keys=_LYCORIS),
+    "loha": Method("LOHA", _BOTH, "Hyeon-Woo 2021, arXiv 2108.06098", keys=_LYCORIS, on=("8bit",)),
+    "lokr": Method("LOKR", _BOTH, "Yeh 2023, arXiv 2309.14859", keys=_LYCORIS, on=("8bit",)),
     "ln_tuning": Method("LN_TUNING", frozenset({"norm"}), "Zhao 2023, arXiv 2312.11420", start="norms"),
 }  # fmt: skip
 """Name in a recipe -> what it is. `{name: peft, method: …}` takes peft's other methods too."""
