@@ -22,10 +22,10 @@ from hf_finetune.data.loaders import EvalSet, collate
 from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import load_split, load_splits
 from hf_finetune.errors import DataError, FinetuneError, UserError, did_you_mean
-from hf_finetune.inference import Trained, load_trained
 from hf_finetune.models.backbone import Backbone, ImageInput, TextInput
 from hf_finetune.models.load import forward, save_beside
 from hf_finetune.runfolder import load_run, writing
+from hf_finetune.trained import Trained, load_trained
 
 if TYPE_CHECKING:
     from datasets import Dataset

