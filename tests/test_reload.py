@@ -30,7 +30,8 @@ MERGED = {"training": {"steps": 3}, "strategy": {"name": "lora", "r": 2, "merge"
 
 
 @pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+def _compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "RELOAD_CHECK", True)
     monkeypatch.setattr(
         "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
     )
@@ -86,6 +87,12 @@ WHOLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "text adapter, merged": ("bert", MERGED, "transformers"),
     "image": ("vision-vit", ONE, "transformers"),
     "image adapter": ("vision-dinov2", LORA, "peft"),
+    "image of another size": (
+        "vision-mobilenetv2",
+        ONE | {"backbone": {"options": {"image_size": 48}}},
+        "transformers",
+    ),
+    "timm, of another size": ("vit", ONE | {"backbone": {"options": {"img_size": 48}}}, "timm"),
     "nothing measured": ("vit", ONE | {"monitor": {"metric": "loss"}}, "timm"),
 }
 
@@ -95,6 +102,8 @@ def test_the_kept_model_is_compared(
     case: str, tmp_path: Path, answers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, changes, library = WHOLE[case]
+    if "backbone" in changes:
+        changes = changes | {"backbone": {"id": runs.backbone(name), **changes["backbone"]}}
     if case == "nothing measured":
         monkeypatch.setattr("hf_finetune.evaluation.Evaluation.value", lambda self, metric: float("nan"))
     run = runs.run(name, tmp_path / "run", **changes)
@@ -374,6 +383,20 @@ def test_a_reading_that_hangs_is_ended_with_its_process(tmp_path: Path) -> None:
     assert len(pids) == 2
     assert all(ends(pid) for pid in pids)
     fresh.stop()
+
+
+def test_without_fork_each_reading_has_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "reader.py"
+    source = Path(fresh.reader.__file__).read_text(encoding="utf-8")
+    script.write_text(source.replace("if FORKS else", "if False else"), encoding="utf-8")
+    fresh.stop()
+    with monkeypatch.context() as patched:
+        patched.setattr(fresh.reader, "__file__", str(script))
+        patched.setattr(fresh.reader, "FORKS", False)
+        assert runs.run("vit", tmp_path / "run", **ONE).status["reload"]["compared"]
+        assert fresh._reader is None
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,13 @@ from hf_finetune.models.anatomies import module_groups, output_layers, timm_anat
 from hf_finetune.models.anatomy import HEAD, Anatomy
 from hf_finetune.models.backbone import Backbone, ImageInput, LoadReport, Modality, TextInput
 from hf_finetune.models.forward import forward
-from hf_finetune.models.inputs import load_processor, load_text_input, processor_input, timm_input
+from hf_finetune.models.inputs import (
+    load_processor,
+    load_text_input,
+    processor_input,
+    resize_processor,
+    timm_input,
+)
 from hf_finetune.models.layout import CONFIG, WEIGHTS
 from hf_finetune.models.load_timm import Loading
 from hf_finetune.models.source import Source, expected_modality, find_source
@@ -165,6 +171,8 @@ def _load_transformers(spec: BackboneSpec, source: Source, labels: Labels, modal
     if modality == "image":
         processor = load_processor(where, folder, trust_remote_code=spec.trust_remote_code)
         read = processor_input(where, processor, image_size=spec.options.get("image_size"))
+        if "image_size" in spec.options:
+            resize_processor(processor, read)
     else:
         read = load_text_input(where, folder, model, trust_remote_code=spec.trust_remote_code)
     new = _new(spec, model, loading)
