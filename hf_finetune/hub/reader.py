@@ -45,7 +45,13 @@ def main() -> None:
 
 
 def read(
-    folder: str, task: str, place: str, max_length: int | None, remote_code: bool, threads: int
+    folder: str,
+    task: str,
+    place: str,
+    max_length: int | None,
+    remote_code: bool,
+    threads: int,
+    base: str | None,
 ) -> dict[str, Any]:
     """Load the model in `folder` and write its logits to `place`; return what else is to be compared.
 
@@ -57,6 +63,7 @@ def read(
         max_length: tokens a text is cut at.
         remote_code: run code that came with the model.
         threads: to compute with.
+        base: the folder of an adapter's base model, if that is no repository: the adapter does not say where it lies.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -66,10 +73,10 @@ def read(
     adapted = Path(folder, "adapter_config.json").is_file()
     library = "timm" if "architecture" in config else "transformers"
     if library == "timm":
-        model = _timm_model(folder, config, adapted)
+        model = _timm_model(folder, config, adapted, base)
         names: Any = config.get("label_names")
     else:
-        model = _transformers_model(folder, task, adapted, remote_code)
+        model = _transformers_model(folder, task, adapted, remote_code, base)
         found = model.config.id2label
         names = [found[index] for index in sorted(found)]
         backwards = model.config.label2id
@@ -104,25 +111,21 @@ def read(
     }
 
 
-def _timm_model(folder: str, config: dict[str, Any], adapted: bool) -> Any:
+def _timm_model(folder: str, config: dict[str, Any], adapted: bool, base: str | None) -> Any:
     import timm
 
     if not adapted:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
-    base, revision = _base(folder)
     arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
-    if os.path.isdir(base):
+    if base is not None:
         return timm.create_model(f"local-dir:{base}", pretrained=True, **arguments)
-    if timm.is_model(
-        base.removeprefix("timm/")
-    ):  # built from the registry, so all it was given is in the adapter
-        return timm.create_model(base.removeprefix("timm/"), pretrained=False, **arguments)
-    return timm.create_model(
-        f"hf-hub:{base}{f'@{revision}' if revision else ''}", pretrained=True, **arguments
-    )
+    name, revision = _base(folder)
+    if revision is None:  # built from the registry, so all it was given is in the adapter
+        return timm.create_model(name.removeprefix("timm/"), pretrained=False, **arguments)
+    return timm.create_model(f"hf-hub:{name}@{revision}", pretrained=True, **arguments)
 
 
-def _transformers_model(folder: str, task: str, adapted: bool, remote_code: bool) -> Any:
+def _transformers_model(folder: str, task: str, adapted: bool, remote_code: bool, base: str | None) -> Any:
     import transformers
 
     auto = {
@@ -131,10 +134,10 @@ def _transformers_model(folder: str, task: str, adapted: bool, remote_code: bool
     }[task]
     if not adapted:
         return auto.from_pretrained(folder, trust_remote_code=remote_code)
-    base, revision = _base(folder)
+    name, revision = (base, None) if base is not None else _base(folder)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     return auto.from_pretrained(
-        base, revision=revision, config=config, ignore_mismatched_sizes=True, trust_remote_code=remote_code,
+        name, revision=revision, config=config, ignore_mismatched_sizes=True, trust_remote_code=remote_code,
         dtype="float32",
     )  # fmt: skip
 

@@ -167,7 +167,7 @@ def check_reload(
         request = {
             "folder": str(folder.resolve()), "task": setup.recipe.task, "place": place,
             "max_length": samples.max_length, "remote_code": setup.recipe.backbone.trust_remote_code,
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(), "base": _base_folder(setup),
         }  # fmt: skip
         answer = fresh.ask(request, on_wait=on_wait)
         found = {} if "error" in answer else load_file(Path(place) / "answer.safetensors")
@@ -195,6 +195,12 @@ def check_reload(
             f"not the model that was trained: {'; '.join(faults)}. {_REMEDY}"
         )
     return result
+
+
+def _base_folder(setup: Setup) -> str | None:
+    """Return where the base model lies; None for one of the Hub, which its id and commit name."""
+    source = setup.backbone.source
+    return str(Path(source["folder"]).resolve()) if source["folder"] and source["commit"] is None else None
 
 
 _REMEDY = (
