@@ -391,7 +391,7 @@ def test_a_run_in_progress_is_pushed_with_a_note(
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
-        ("no hf_AbCdEfGh1234 here", "no *** here"),
+        ("no hf_AbCdEfGh1234567890 here, in hf_finetune", "no *** here, in hf_finetune"),
         ("Authorization: Bearer abc.def", "Authorization: ***"),
         ("get http://me:secret@host/x failed", "get http://***@host/x failed"),
         ("PUT https://s3/x?X-Amz-Signature=1&y=2 failed", "PUT https://s3/x failed"),
