@@ -220,7 +220,14 @@ def run_recipe(
     if resume and _is_run(run_folder):
         # A run is resumed by its folder, or the recipe in it, as well.
         recipe, output = str(run_folder / "recipe.yaml"), output or str(run_folder)
-    loaded = load_recipe(recipe, overrides)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from hf_finetune.setup import process_state
+        from hf_finetune.together import together
+
+        process_state()
+        loaded = together(lambda: load_recipe(recipe, overrides))
+    else:
+        loaded = load_recipe(recipe, overrides)
     if output is not None:
         loaded = loaded.model_copy(update={"output": output})
     if loaded.hub is not None and _rank() == 0:
@@ -258,11 +265,8 @@ def main(arguments: list[str] | None = None, *, command: Any = None) -> None:
         code = (command or typer.main.get_command(app)).main(arguments, prog_name=None, standalone_mode=False)
         if isinstance(code, int) and code:  # what typer makes of a Ctrl-C that nobody caught
             sys.exit(code)
-    except (UserError, Interrupted) as error:
-        # Every process finds the same; one says so.
-        _leave(error, error.exit_code, silent=_rank() > 0)
     except FinetuneError as error:
-        _leave(error, error.exit_code)
+        _leave(error, error.exit_code, silent=error.told)
     except _ClickException as error:
         error.show()
         sys.exit(2)

@@ -14,6 +14,8 @@ class FinetuneError(Exception):
     """The run failed for a reason we can name (exit code 1)."""
 
     exit_code = 1
+    told = False
+    """Another process of the run prints the same: this one leaves without a word."""
 
 
 class TrainingError(FinetuneError):

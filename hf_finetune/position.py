@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
 from hf_finetune.checkpoint import (
@@ -20,9 +20,10 @@ from hf_finetune.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from hf_finetune.errors import FinetuneError, UserError
+from hf_finetune.errors import UserError
 from hf_finetune.monitor import Watch
 from hf_finetune.runfolder import CHECKPOINTS, RunFolder
+from hf_finetune.together import together
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -65,16 +66,10 @@ def store(
         FinetuneError: it cannot be written; earlier checkpoints are as they were.
     """
     randomness = gather_object([random_state()])
-    failed: list[FinetuneError | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            _store(run, at, watch, model, optimizer, ema, setup, accelerator, randomness, keep)
-        except FinetuneError as error:
-            failed = [error]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(failed)  # the others must not wait for a process that has left
-    if failed[0]:
-        raise failed[0]
+    together(
+        lambda: _store(run, at, watch, model, optimizer, ema, setup, accelerator, randomness, keep),
+        main_only=True,
+    )
 
 
 def _store(

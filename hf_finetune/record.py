@@ -6,14 +6,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import nn
 
 from hf_finetune.checkpoint import Checkpoint
@@ -40,8 +40,10 @@ from hf_finetune.recipe import dump_recipe
 from hf_finetune.report.curves import save_curves
 from hf_finetune.resume import Resumed, find_run, take_over
 from hf_finetune.runfolder import RunFolder, hardware, load_run, read_status, versions, writing
+from hf_finetune.runlock import RunLock
 from hf_finetune.setup import Setup
 from hf_finetune.tasks.metrics import default_metric
+from hf_finetune.together import by_main, together
 
 Status = Literal["running", "done", "failed", "interrupted"]
 
@@ -65,6 +67,8 @@ class Record:
     """What the run had taken when it was interrupted."""
     accelerator: Accelerator | None = None
     """Set once trackers are running."""
+    locks: list[RunLock] = field(default_factory=list)
+    """What keeps other processes from the folder; held by the main process."""
     _stop_metering: Callable[[], Emissions | None] | None = None
 
     @classmethod
@@ -85,40 +89,49 @@ class Record:
             UserError: the folder holds another run, or one that `setup` would not continue as it began.
             FinetuneError: none of the run's checkpoints is valid.
         """
-        found: list[tuple[Path, Resumed | None] | FinetuneError | None] = [None]
-        if state.is_main_process:
-            try:
-                resumed = find_run(setup, name) if resume else None
-                if resumed is None:
-                    folder = RunFolder.create(setup.recipe.output, name, setup.recipe.backbone.id).path
-                    found = [(folder, None)]
-                else:
-                    facts = cls(resumed, setup, True, started)._facts(state)
-                    found = [
-                        (resumed, take_over(resumed, setup, facts, allow_changes=allow_changes, say=say))
-                    ]
-            except FinetuneError as error:
-                found = [error]  # the other processes must not wait for a folder that never comes
-        if state.num_processes > 1:
-            broadcast_object_list(found)
-        if isinstance(found[0], FinetuneError) or found[0] is None:
-            raise found[0] or FinetuneError("the main process could not claim a run folder")
-        path, taken = found[0]
-        record = cls(path, setup, state.is_main_process, started)
+        locks: list[RunLock] = []
+
+        def claim() -> tuple[Path, Resumed | None]:
+            folder = find_run(setup, name) if resume else None
+            if folder is None:
+                folder = RunFolder.create(setup.recipe.output, name, setup.recipe.backbone.id).path
+                locks.append(RunLock(folder, say))
+                return folder, None
+            locks.append(RunLock(folder, say))
+            facts = cls(folder, setup, True, started)._facts(state)
+            return folder, take_over(folder, setup, facts, allow_changes=allow_changes, say=say)
+
+        try:
+            path, taken = together(claim, main_only=True)
+        except FinetuneError:
+            for lock in locks:
+                lock.release()
+            raise
+        record = cls(path, setup, state.is_main_process, started, locks=locks)
         if taken is not None:
             record.finished, record.checkpoint, record.earlier_seconds = (
                 taken.finished,
                 taken.checkpoint,
                 taken.seconds,
             )
-        if record.is_main and not record.finished:
-            record._folder.write_recipe(dump_recipe(setup.recipe))
-            record._folder.write_status(**record._facts(state), status="running", why="", reload=None)
-            if record.checkpoint is None:
-                record._folder.write_status(best=None)
-            if not left_out(setup):
-                warm_up(*modules(setup))  # its imports take seconds: from here on they pass beside training
+        if record.finished:
+            record._unlock()
+        else:
+            record._begin(state)
         return record
+
+    @by_main
+    def _begin(self, state: PartialState) -> None:
+        self._folder.write_recipe(dump_recipe(self.setup.recipe))
+        self._folder.write_status(**self._facts(state), status="running", why="", reload=None)
+        if self.checkpoint is None:
+            self._folder.write_status(best=None)
+        if not left_out(self.setup):
+            warm_up(*modules(self.setup))  # its imports take seconds: from here on they pass beside training
+
+    def _unlock(self) -> None:
+        for lock in self.locks:
+            lock.release()
 
     @property
     def _folder(self) -> RunFolder:
@@ -151,10 +164,9 @@ class Record:
             values = {f"{split}/{name}": value for name, value in result.metrics.items()}
             self.accelerator.log({f"{split}/loss": result.loss} | values, step=step)
 
+    @by_main
     def keep(self, model: nn.Module, best: Best, result: Evaluation) -> None:
         """Write the model as the run's best so far, and its answers on the validation set."""
-        if not self.is_main:
-            return
         monitor = self.setup.recipe.monitor
         found = {
             "metric": monitor.metric, "mode": monitor.mode, "value": best.value, "step": best.step,
@@ -166,20 +178,20 @@ class Record:
         self._folder.write_status(best=found)
         hub = self.setup.recipe.hub
         if hub is not None and hub.when == "best":
-            self.check_reload(())  # nothing is pushed that cannot be used
+            self._check_reload(())  # nothing is pushed that cannot be used
             self._describe()
             push_best(self.path, hub, found)
 
+    @by_main
     def keep_if_none(self, model: nn.Module) -> None:
         """Write the model as it is when no best one was kept yet."""
-        if not self.is_main:
-            return
         old, final = self.path / ".model.old", self.path / "model"
         if old.exists() and not final.exists():
             old.rename(final)  # stopped between putting the one away and the other in its place
         if not final.exists() or not read_status(self.path).get("best"):
             self._write_model(model, None)
 
+    @by_main
     def check_reload(self, signals: Sequence[str]) -> None:
         """Let a fresh process load the model that was kept, and compare: what is called done can be used.
 
@@ -187,17 +199,18 @@ class Record:
             TrainingError: what was written is not the model that was trained.
             Interrupted: one of `signals` came meanwhile.
         """
+        self._check_reload(signals)
 
+    def _check_reload(self, signals: Sequence[str]) -> None:
         def on_wait() -> None:
             if signals:
                 raise Interrupted(f"stopped by {signals[0]} while the model was loaded to compare it")
 
-        if self.is_main:
-            why = left_out(self.setup)
-            found = {"compared": False, "why": why}
-            if why is None:
-                found = check_reload(self.path, self.setup, self.samples, on_wait=on_wait)
-            self._folder.write_status(reload=found)
+        why = left_out(self.setup)
+        found = {"compared": False, "why": why}
+        if why is None:
+            found = check_reload(self.path, self.setup, self.samples, on_wait=on_wait)
+        self._folder.write_status(reload=found)
 
     @cached_property
     def samples(self) -> Samples:
@@ -214,20 +227,21 @@ class Record:
             if isinstance(error, (KeyboardInterrupt, Interrupted)):
                 self.status = "interrupted"
             self.why = self.why or (str(error).splitlines() or [type(error).__name__])[0]
-            with suppress(FinetuneError):  # on a full or vanished disk; what came first is what to tell
-                self._close()
+            # On a full or vanished disk what came first is what to tell; the other processes may be elsewhere.
+            with suppress(FinetuneError):
+                if self.is_main:
+                    self._close()
             raise
         else:
-            self._close()
+            together(self._close, main_only=True)
         finally:
+            self._unlock()
             if self.accelerator is not None:
                 # `end_training` would end the other processes' group as well.
                 for tracker in accelerator.trackers:
                     tracker.finish()
 
     def _close(self) -> None:
-        if not self.is_main:
-            return
         shutil.rmtree(self.path / ".model.new", ignore_errors=True)  # stopped while writing
         emissions = self._stop_metering() if self._stop_metering else None
         if self.checkpoint:
@@ -248,11 +262,11 @@ class Record:
         """Return the wall time of the run, that of before an interruption included."""
         return self.earlier_seconds + time.monotonic() - self.started
 
+    @by_main
     def _log(self, step: int, phase: int, row: dict) -> None:
-        if self.is_main:
-            place = {"step": step, "epoch": self.setup.timeline.epoch(step), "phase": self.setup.plans[phase].name,
-                     "phase_index": phase, "seconds": round(self._seconds(), 3)}  # fmt: skip
-            self._folder.log(place | row)
+        place = {"step": step, "epoch": self.setup.timeline.epoch(step), "phase": self.setup.plans[phase].name,
+                 "phase_index": phase, "seconds": round(self._seconds(), 3)}  # fmt: skip
+        self._folder.log(place | row)
 
     def _write_model(self, model: nn.Module, best: dict | None) -> None:
         """Write `model/` aside, then put it in the place of the older one."""

@@ -11,6 +11,7 @@ from hf_finetune.checkpoint import Checkpoint, find_checkpoint
 from hf_finetune.errors import FinetuneError, UserError
 from hf_finetune.recipe import load_recipe
 from hf_finetune.runfolder import CHECKPOINTS, METRICS, RECIPE, STATUS, Run, RunFolder, load_run, newest_run
+from hf_finetune.runlock import RunLock
 from hf_finetune.timeline import phase_end
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def find_run(setup: Setup, name: str) -> Path | None:
     None when `output` holds no run yet: a job that is always started with `--resume` begins this way.
 
     Raises:
-        UserError: `output` is not given and there is no unfinished run.
+        UserError: `output` is not given and there is no unfinished run, or its process still lives.
     """
     output = setup.recipe.output
     if output is not None:
@@ -62,6 +63,7 @@ def find_run(setup: Setup, name: str) -> Path | None:
         if not (folder / STATUS).is_file():
             return None
         if not any((folder / name).exists() for name in (RECIPE, METRICS, CHECKPOINTS)):
+            RunLock(folder).release()  # raises while the process that has just claimed it lives
             (folder / STATUS).unlink()  # killed right after it had claimed the folder: nothing is lost
             return None
         return folder

@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hf_finetune.data.columns import column_values
-from hf_finetune.errors import Interrupted
+from hf_finetune.errors import FinetuneError, Interrupted, TrainingError
 from hf_finetune.monitor import Best
 from hf_finetune.record import Record
+from hf_finetune.together import by_everyone, is_lost_peer
 
 
 @contextmanager
@@ -46,6 +47,23 @@ def watched_signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def named_failures(micro_batch_size: int) -> Iterator[None]:
+    """Around training: turns what torch says of a full memory or a lost process into a TrainingError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        half = max(1, micro_batch_size // 2)
+        raise TrainingError(
+            f"out of memory at {micro_batch_size} samples per forward pass. Set training.micro_batch_size={half}: "
+            "gradients accumulate to the same batch_size, so the result stays the same."
+        ) from None
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        raise TrainingError("another process of this run has ended; it said why, if it still could") from None
+
+
 def asked_to_stop(
     signals: list[str], max_hours: float | None, started: float, accelerator: Accelerator
 ) -> str | None:
@@ -70,8 +88,8 @@ def non_finite(
     answers: list[tuple[torch.Tensor, torch.Tensor]],
     record: Record,
     best: Best,
-) -> str:
-    """Return the text of the error that stops a run at its first non-finite number; every process calls this.
+) -> FinetuneError:
+    """Return the error that stops a run at its first non-finite number; every process calls this.
 
     `answers` holds (indices, losses) of each micro-batch. All samples are named when no loss tells which is to blame.
     """
@@ -87,7 +105,8 @@ def non_finite(
         if best.value is not None
         else ""
     )
-    return (
+    error = TrainingError(
         f"step {step + 1}, epoch {epoch + 1}: {what}, in rows {named} of train (the first is 0). Look at these "
-        f"samples, lower optimizer.lr, or train in precision: fp32. {kept}"
-    ).rstrip()
+        f"samples, lower optimizer.lr, or train in precision: fp32. {kept}".rstrip()
+    )
+    return by_everyone(error)

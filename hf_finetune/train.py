@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,7 @@ from torch import nn
 from hf_finetune.augment.batch import mix, mixers
 from hf_finetune.data.loaders import iterate_batches
 from hf_finetune.data.targets import soft_targets
-from hf_finetune.errors import Interrupted, TrainingError
+from hf_finetune.errors import Interrupted
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_tensors
 from hf_finetune.models.load import forward, module_groups
@@ -28,9 +29,10 @@ from hf_finetune.record import Record, Status, start_accelerator
 from hf_finetune.runfolder import Run, load_run
 from hf_finetune.schedule import ReduceOnPlateau
 from hf_finetune.setup import Setup, build_loaders, prepare, process_state
-from hf_finetune.stopping import asked_to_stop, non_finite, watched_signals
+from hf_finetune.stopping import asked_to_stop, named_failures, non_finite, watched_signals
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.timeline import phase_end, rate_multiple
+from hf_finetune.together import by_everyone, together
 
 LOGGED_STEPS = 200
 """Training rows a run writes at most, beside the one before each evaluation."""
@@ -60,7 +62,7 @@ def finetune(
     """
     started = time.monotonic()
     state = process_state()
-    setup = prepare(recipe, world_size=state.num_processes, device=state.device)
+    setup = together(lambda: prepare(recipe, world_size=state.num_processes, device=state.device))
     progress = Progress(
         setup.timeline.total_steps,
         metric=setup.recipe.monitor.metric,
@@ -78,22 +80,19 @@ def finetune(
     for note in (*setup.splits.report.notes, *setup.notes):
         progress.say(f"note: {note}")
     progress.say(f"{setup.trainable_size:,} of {setup.total_size:,} parameters train ({share:.3g} %)")
-    with watched_signals() as signals, progress, record.closing(accelerator):
-        try:
-            status, why = _train(setup, accelerator, record, progress, signals)
-            record.keep_if_none(setup.backbone.model)  # where no evaluation gave a number
-            if status == "done":
-                progress.doing("comparing")
-                record.check_reload(signals)
-            record.status, record.why = status, why
-        except torch.OutOfMemoryError:
-            size = setup.micro_batch_size
-            raise TrainingError(
-                f"out of memory at {size} samples per forward pass. Set training.micro_batch_size={max(1, size // 2)}: "
-                "gradients accumulate to the same batch_size, so the result stays the same."
-            ) from None
+    failures = named_failures(setup.micro_batch_size)
+    with watched_signals() as signals, progress, record.closing(accelerator), failures:
+        status, why = _train(setup, accelerator, record, progress, signals)
+        record.keep_if_none(setup.backbone.model)  # where no evaluation gave a number
+        if status == "done":
+            progress.doing("comparing")
+            record.check_reload(signals)
+        record.status, record.why = status, why
     if record.status == "interrupted":
-        raise Interrupted(f"{record.why}; the state is saved, `--output {record.path} --resume` continues")
+        stopped = Interrupted(
+            f"{record.why}; the state is saved, `--output {record.path} --resume` continues"
+        )
+        raise by_everyone(stopped)
     return load_run(record.path)
 
 
@@ -153,7 +152,7 @@ def _train(
             # Other layers learn from here on. DDP hooks the parameters that need gradients when it wraps, so the
             # model is wrapped anew after `requires_grad` has changed.
             if entered >= 0:
-                check_frozen(model, setup.plans[entered], still)
+                together(partial(check_frozen, model, setup.plans[entered], still))
             entered, plan = at.phase, setup.plans[at.phase]
             scope.apply(plan, setup.backbone.anatomy, groups_of_modules)
             still = fingerprints(frozen_tensors(model, plan))
@@ -202,12 +201,12 @@ def _train(
             loss_value = accelerator.reduce(loss, "sum").item()
             if not math.isfinite(loss_value):
                 what = f"the loss is {loss_value}"
-                raise TrainingError(non_finite(what, at.step, epoch, answers, record, watch.best))
+                raise non_finite(what, at.step, epoch, answers, record, watch.best)
             if training.clip_norm is not None:
                 norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
                 if training.precision != "fp16" and not math.isfinite(norm):
                     what = f"the gradient norm is {norm}"
-                    raise TrainingError(non_finite(what, at.step, epoch, answers, record, watch.best))
+                    raise non_finite(what, at.step, epoch, answers, record, watch.best)
             optimizer.step()
             if adapter:
                 adapter.after_step(at.step + 1)
@@ -271,7 +270,7 @@ def _train(
         if save_every and at.step % save_every == 0 and at.step < timeline.total_steps and not watch.stops:
             save()
     if entered >= 0:
-        check_frozen(model, setup.plans[entered], still)
+        together(partial(check_frozen, model, setup.plans[entered], still))
     if training.checkpoint:
         save()
     if watch.early and watch.stops:

@@ -34,7 +34,10 @@ LAYERS: list[tuple[str, set[str]]] = [
          "yaml_source"},
     ),
     ("plan: a recipe on one backbone, one data set, one machine", {"defaults", "precision", "timeline", "setup"}),
-    ("run: the loop and what it leaves behind", {"checkpoint", "hub", "position", "record", "resume", "stopping", "train", "trained"}),
+    (
+        "run: the loop and what it leaves behind",
+        {"checkpoint", "hub", "position", "record", "resume", "runlock", "stopping", "together", "train", "trained"},
+    ),
     ("entries: what people call", {"", "cli", "compare", "explain", "export", "inference"}),
 ]  # fmt: skip
 

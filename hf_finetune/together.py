@@ -1,0 +1,72 @@
+"""Several processes of one run: what fails in one of them ends all of them, with one message."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from hf_finetune.errors import FinetuneError
+
+T = TypeVar("T")
+_WORDS_OF_A_LOST_PEER = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+
+
+def together(action: Callable[[], T], *, main_only: bool = False) -> T:
+    """Run `action` in every process and return its result; when it fails in one, every process raises.
+
+    With `main_only` the main process alone runs it, and all get its result. The error is `told` where another process
+    prints the same. Every process calls this.
+
+    Raises:
+        FinetuneError: the process's own, or the first other one's.
+    """
+    state = PartialState()
+    result: Any = None
+    failure: FinetuneError | None = None
+    if state.is_main_process or not main_only:
+        try:
+            result = action()
+        except FinetuneError as error:
+            failure = error
+    if state.num_processes > 1:
+        found = gather_object([(failure, result if main_only else None)])
+        failures = [error for error, _ in found]
+        if main_only:
+            result = found[0][1]
+        if any(failures):
+            own, rank = failure, state.process_index
+            failure = own or next(error for error in failures if error)
+            failure.told = own is None or any(str(own) == str(other) for other in failures[:rank] if other)
+    if failure:
+        raise failure
+    return result
+
+
+def by_main(method: Callable[..., Any]) -> Callable[..., None]:
+    """Let the main process alone run a method that returns nothing; when it fails there, every process raises."""
+
+    @functools.wraps(method)
+    def shared(*args: Any, **kwargs: Any) -> None:
+        together(lambda: method(*args, **kwargs), main_only=True)
+
+    return shared
+
+
+def by_everyone(error: FinetuneError) -> FinetuneError:
+    """Return an error that every process raises alike, told by the main one alone."""
+    error.told = not PartialState().is_main_process
+    return error
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether an error says that another process is no longer there to talk to."""
+    said = str(error)
+    return (
+        isinstance(error, RuntimeError)
+        and PartialState().num_processes > 1
+        and any(word in said for word in _WORDS_OF_A_LOST_PEER)
+    )
