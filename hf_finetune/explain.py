@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 from hf_finetune.augment.grid import save_augment_grid
-from hf_finetune.data.loaders import TrainSet, iterate_batches
+from hf_finetune.data.loaders import EvalSet, TrainSet, iterate_batches
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.freeze import FreezeScope
 from hf_finetune.models.load import forward, module_groups
@@ -53,6 +53,10 @@ def explain_recipe(recipe: Recipe, folder: Path) -> None:
         f"({100 * setup.trainable_size / setup.total_size:.3g} %)"
     )
     loader, validation = build_loaders(setup, accelerator)
+    for split, samples in (("train", loader.dataset), ("validation", validation.dataset)):
+        assert isinstance(samples, EvalSet)
+        for note in samples.notes:
+            _say(f"note: {split}: {note}")
     _print_cost(setup, accelerator, steps, loader, validation)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "augment.png"

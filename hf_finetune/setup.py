@@ -122,7 +122,7 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     precision, why = resolve_precision(recipe.training.precision, device, recipe.where("training.precision"))
     if recipe.training.precision == "auto":
         choices.append(Choice("training.precision", precision, why))
-    workers, why = _workers(recipe.data.workers, splits.modality, len(splits.train), world_size, device)
+    workers, why = worker_count(recipe.data.workers, splits.modality, len(splits.train), world_size, device)
     if recipe.data.workers == "auto":
         choices.append(Choice("data.workers", workers, why))
     metric = recipe.monitor.metric
@@ -260,7 +260,7 @@ def build_loaders(setup: Setup, accelerator: Accelerator) -> tuple[DataLoader, D
     )
 
 
-def _workers(
+def worker_count(
     asked: int | str, modality: str, rows: int, world_size: int, device: torch.device
 ) -> tuple[int, str]:
     """Return how many processes load data for each training process, and why."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import runs
 from hf_finetune.augment.spec import HorizontalFlip, Mixup, RandomResizedCrop, WordDropout
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.loaders import (
@@ -24,12 +26,13 @@ from hf_finetune.data.loaders import (
     iterate_batches,
     share,
     train_loader,
-    worker_count,
 )
 from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import load_splits
 from hf_finetune.errors import DataError, RecipeError
+from hf_finetune.explain import explain_recipe
 from hf_finetune.models.backbone import ImageInput, TextInput
+from hf_finetune.setup import SMALL_IMAGE_SET, worker_count
 
 IMAGES = ImageInput((16, 16), (0.5,) * 3, (0.5,) * 3, 1.0, "center", "bilinear")
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -356,9 +359,17 @@ def test_an_image_that_breaks_on_the_way_is_named_without_a_traceback(tmp_path, 
 
 
 def test_worker_count():
-    assert worker_count(3, "text") == 3
-    assert worker_count("auto", "text") == 0
-    assert 0 <= worker_count("auto", "image", processes=1000) <= worker_count("auto", "image") <= 8
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert worker_count(3, "text", 9, 1, cpu)[0] == 3
+    assert worker_count("auto", "text", 10_000, 1, gpu)[0] == 0
+    assert worker_count("auto", "image", SMALL_IMAGE_SET, 1, gpu)[0] == 0
+    assert (
+        1
+        <= worker_count("auto", "image", 10_000, 1000, gpu)[0]
+        <= worker_count("auto", "image", 10_000, 1, gpu)[0]
+        <= 8
+    )
+    assert 1 <= worker_count("auto", "image", 10_000, 1, cpu)[0] <= 2
 
 
 def test_images_that_lie_in_a_table(tmp_path: Path):
@@ -371,3 +382,12 @@ def test_images_that_lie_in_a_table(tmp_path: Path):
     splits = load_splits(DataSpec(path=str(tmp_path / "rows.parquet")), seed=0)
     pixels = EvalSet(splits.train, splits.labels, IMAGES)[0]["inputs"]["pixel_values"]
     assert pixels[:, 0, 0].tolist() == [1.0, -1.0, -1.0]
+
+
+def test_explain_says_how_many_texts_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    explain_recipe(runs.recipe("bert", strategy="frozen", data={"max_length": 5}), tmp_path)
+    shown = capsys.readouterr().out
+    for split in ("train", "validation"):
+        assert re.search(
+            rf"note: {split}: [1-9][\d.]*% of the texts are longer than 5 tokens and are cut", shown
+        )

@@ -44,7 +44,15 @@ def after(module, name, calls, error):
 
 full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 if case == "metrics" and rank == 0:
-    after(hf_finetune.runfolder, "_json_text", 4, full)
+    real = hf_finetune.runfolder.RunFolder.log
+
+    def log(self, row):
+        if row["step"] > 1:
+            with hf_finetune.runfolder.writing(self.path / "metrics.jsonl"):
+                raise full
+        real(self, row)
+
+    hf_finetune.runfolder.RunFolder.log = log
 if case == "model" and rank == 0:
     after(hf_finetune.hub.artefact, "save_backbone", 0, OSError(errno.EROFS, os.strerror(errno.EROFS)))
 if case == "curves" and rank == 0:
@@ -66,7 +74,7 @@ cli.main(["train", recipe, "--output", sys.argv[3], "-q"])
 
 # What fails -> the message, and whether the other process says that it was left.
 CASES = {
-    "metrics": ("cannot write {run}: the disk is full", False),
+    "metrics": ("cannot write {run}/metrics.jsonl: the disk is full", False),
     "model": ("cannot write {run}/.model.new: the disk is read-only", False),
     "curves": ("cannot write {run}: the disk is full", False),
     "frozen": ("frozen tensors moved, first of all", False),

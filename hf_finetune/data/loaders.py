@@ -26,7 +26,7 @@ from hf_finetune.augment.presets import check_modality
 from hf_finetune.augment.rng import sample_generator, sample_rng
 from hf_finetune.augment.spec import AugmentationSpec
 from hf_finetune.augment.text import change_text
-from hf_finetune.data.columns import Modality, column_values
+from hf_finetune.data.columns import column_values
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.order import epoch_batches as epoch_batches
 from hf_finetune.data.order import share as share
@@ -251,14 +251,6 @@ def eval_loader(
         ]  # longest first: memory runs out early or never
     batches = [mine[start : start + batch_size].tolist() for start in range(0, len(mine), batch_size)]
     return DataLoader(dataset, batch_sampler=batches, **_options(dataset, workers, pin_memory))
-
-
-def worker_count(workers: int | Literal["auto"], modality: Modality, processes: int = 1) -> int:
-    """Return the workers per process: auto = none for texts, for images the cores left, at most 8."""
-    if workers != "auto":
-        return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if modality == "text" else min(8, max(0, cores // processes - 1))
 
 
 def _options(dataset: EvalSet, workers: int, pin_memory: bool) -> dict[str, Any]:
