@@ -169,7 +169,7 @@ def export(
     from hf_finetune.export import check_request, export_model
 
     check_request(form, opset)
-    from hf_finetune.inference import load_trained
+    from hf_finetune.trained import load_trained
 
     export_model(run, load_trained(run), form=form, output=output, opset=opset, options=options or [])
 

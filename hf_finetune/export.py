@@ -13,21 +13,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_finetune.data.labels import Labels
 from hf_finetune.data.loaders import EvalSet, collate
 from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import load_split, load_splits
 from hf_finetune.errors import DataError, FinetuneError, UserError, did_you_mean
 from hf_finetune.models.backbone import Backbone, ImageInput, TextInput
 from hf_finetune.models.load import forward, save_beside
-from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import load_run, writing
-from hf_finetune.trained import Trained, load_trained
+from hf_finetune.trained import Trained
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,19 +36,6 @@ SAMPLES = 16
 TOLERANCE = 1e-4
 """Largest difference of logits allowed, of logits up to 1; above that as a share of the largest."""
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
-
-
-class TrainedModel(Protocol):
-    """What `inference.load_trained` returns."""
-
-    @property
-    def recipe(self) -> Recipe: ...  # noqa: D102
-
-    @property
-    def labels(self) -> Labels: ...  # noqa: D102
-
-    @property
-    def backbone(self) -> Backbone: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -70,7 +55,7 @@ class Exported:
 
 def export_model(
     place: str,
-    trained: TrainedModel,
+    trained: Trained,
     *,
     form: str = "onnx",
     output: str | None = None,
@@ -145,7 +130,7 @@ class _Samples:
         return dict(self.tokenizer.pad(inputs, padding="max_length", max_length=longest, return_tensors="pt"))
 
 
-def _samples(place: str, trained: TrainedModel, options: Sequence[str]) -> _Samples:
+def _samples(place: str, trained: Trained, options: Sequence[str]) -> _Samples:
     """Return some rows to trace and check with."""
     rows = _rows(place, trained, options)
     count = min(SAMPLES, len(rows))
@@ -155,7 +140,7 @@ def _samples(place: str, trained: TrainedModel, options: Sequence[str]) -> _Samp
     return _Samples(data, read.tokenizer if isinstance(read, TextInput) else None)
 
 
-def _rows(place: str, trained: TrainedModel, options: Sequence[str]) -> Dataset:
+def _rows(place: str, trained: Trained, options: Sequence[str]) -> Dataset:
     given: dict[str, str] = {}
     for option in options:
         key, equals, value = option.partition("=")
@@ -300,7 +285,7 @@ WRITERS = {"onnx": _write_onnx, "torch": _write_torch}
 OPENERS = {"onnx": _open_onnx, "torch": _open_torch}
 
 
-def _about(trained: TrainedModel) -> dict[str, str]:
+def _about(trained: Trained) -> dict[str, str]:
     """Return what a file says of itself."""
     read = trained.backbone.input
     found = {
@@ -386,7 +371,7 @@ logits = torch.export.load("{file}").module()(**inputs)""",
 }
 
 
-def _usage(exported: Path, trained: TrainedModel, folder: Path, form: str) -> str:
+def _usage(exported: Path, trained: Trained, folder: Path, form: str) -> str:
     """Return the code that gets logits out of the file, with the libraries of its inputs."""
     backbone = trained.backbone
     kind = "text" if isinstance(backbone.input, TextInput) else "image"
