@@ -122,6 +122,8 @@ class Record:
 
     @by_main
     def _begin(self, state: PartialState) -> None:
+        for lock in self.locks:
+            lock.sign()
         self._folder.write_recipe(dump_recipe(self.setup.recipe))
         self._folder.write_status(**self._facts(state), status="running", why="", reload=None)
         if self.checkpoint is None:

@@ -51,6 +51,9 @@ class RunLock:
             say(
                 f"{folder} cannot be locked ({error.strerror}): see to it that no other process runs it as well"
             )
+
+    def sign(self) -> None:
+        """Write who holds it, once the run goes on: a resume that is refused leaves the folder as it was."""
         me = {
             "pid": os.getpid(),
             "host": socket.gethostname(),

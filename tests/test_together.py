@@ -124,7 +124,7 @@ def test_both_end_with_one_message(case: str, tmp_path: Path) -> None:
         assert load_run(tmp_path / "run").status["status"] == "failed"
 
 
-HOLD = "import sys, time, pathlib\nfrom hf_finetune.runlock import RunLock\nlock = RunLock(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(600)"
+HOLD = "import sys, time, pathlib\nfrom hf_finetune.runlock import RunLock\nlock = RunLock(pathlib.Path(sys.argv[1]))\nlock.sign()\nprint('held', flush=True)\ntime.sleep(600)"
 
 
 def test_a_run_is_resumed_by_one_process_at_a_time(tmp_path: Path) -> None:
