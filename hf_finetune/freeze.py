@@ -54,7 +54,9 @@ def sleeping_modules(
 ) -> list[str]:
     """Return the names of the modules that a phase keeps in eval mode: no layer group in them learns."""
     awake = {parameter.group for parameter in anatomy.parameters if parameter.name in plan.multiples}
-    stirring = {outer for name, group in module_groups.items() if group in awake for outer in _with_outer(name)}
+    stirring = {
+        outer for name, group in module_groups.items() if group in awake for outer in _with_outer(name)
+    }
     found = []
     for name, module in model.named_modules():
         sleeps = bool(name) and name not in stirring

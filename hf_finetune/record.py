@@ -136,6 +136,12 @@ class Record:
             values = {f"{split}/{name}": value for name, value in result.metrics.items()}
             self.accelerator.log({f"{split}/loss": result.loss} | values, step=step)
 
+    def log_features(self, phase: int, note: str) -> None:
+        """Note in run.json what frozen layers compute once in a phase, or why they do not."""
+        if self.is_main:
+            notes = read_status(self.path).get("features", {})
+            self._folder.write_status(features=notes | {f"{phase + 1} {self.setup.plans[phase].name}": note})
+
     def keep(self, model: nn.Module, best: Best, result: Evaluation) -> None:
         """Write the model as the run's best so far, and its answers on the validation set."""
         if not self.is_main:

@@ -211,8 +211,8 @@ def _micro_batch_size(recipe: Recipe, world_size: int) -> int:
     return size
 
 
-def build_loaders(setup: Setup, accelerator: Accelerator) -> tuple[DataLoader, DataLoader]:
-    """Return the loaders of this process's share of train and validation."""
+def build_sets(setup: Setup) -> tuple[TrainSet, EvalSet]:
+    """Return train and validation as the model reads them."""
     recipe, splits, model_input = setup.recipe, setup.splits, setup.backbone.input
     max_length = recipe.data.max_length
     train = TrainSet(
@@ -223,18 +223,27 @@ def build_loaders(setup: Setup, accelerator: Accelerator) -> tuple[DataLoader, D
         seed=recipe.training.seed,
         max_length=max_length,
     )
-    validation = EvalSet(splits.validation, splits.labels, model_input, max_length=max_length)
-    common: dict[str, Any] = {
-        "rank": accelerator.process_index,
-        "world": accelerator.num_processes,
-        "pin_memory": accelerator.device.type == "cuda",
-        "workers": int(recipe.data.workers),
-    }
+    return train, EvalSet(splits.validation, splits.labels, model_input, max_length=max_length)
+
+
+def build_loaders(
+    setup: Setup, accelerator: Accelerator, sets: tuple[TrainSet, EvalSet] | None = None
+) -> tuple[DataLoader, DataLoader]:
+    """Return the loaders of this process's share of train and validation."""
+    train, validation = sets or build_sets(setup)
+    size, micro = setup.recipe.training.batch_size, setup.micro_batch_size
+
+    def common(data: EvalSet) -> dict[str, Any]:
+        return {
+            "rank": accelerator.process_index,
+            "world": accelerator.num_processes,
+            "pin_memory": accelerator.device.type == "cuda",
+            "workers": 0 if data.features else int(setup.recipe.data.workers),  # features lie in memory
+        }
+
     return (
-        train_loader(
-            train, batch_size=recipe.training.batch_size, micro_batch_size=setup.micro_batch_size, **common
-        ),
-        eval_loader(validation, batch_size=max(32, setup.micro_batch_size), **common),
+        train_loader(train, batch_size=size, micro_batch_size=micro, **common(train)),
+        eval_loader(validation, batch_size=max(32, micro), **common(validation)),
     )
 
 

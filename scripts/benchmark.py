@@ -27,7 +27,11 @@ from typing import Any
 from benchmarks.job import BEGAN, Job
 
 HERE = Path(__file__).parent
-FLOORS = [f"floor:{precision}:{layout}" for precision in ("fp32", "bf16") for layout in ("contiguous", "channels_last")]
+FLOORS = [
+    f"floor:{precision}:{layout}"
+    for precision in ("fp32", "bf16")
+    for layout in ("contiguous", "channels_last")
+]
 ARMS: dict[str, tuple[list[str], str, list[str]]] = {
     "floor": (FLOORS, "floor.py", []),
     "ours": (["ours"], "ours.py", []),
@@ -75,18 +79,26 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--backbone", required=True, help="a local folder in Hub layout, or shipped/…")
-    parser.add_argument("--data", required=True, help="an image folder, or a folder with train.csv and dev.csv")
+    parser.add_argument(
+        "--data", required=True, help="an image folder, or a folder with train.csv and dev.csv"
+    )
     parser.add_argument("--recipes", default="frozen,full")
-    parser.add_argument("--arms", default="floor,ours,ours-again,ours-uncached,trainer,timm", help=", ".join(ARMS))
+    parser.add_argument(
+        "--arms", default="floor,ours,ours-again,ours-uncached,trainer,timm", help=", ".join(ARMS)
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rows", type=int, help="training rows to take; default all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="benchmark")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to our recipes, in every arm of ours")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes to our recipes, in every arm of ours"
+    )
     options = parser.parse_args()
     if unknown := set(options.arms.split(",")) - set(ARMS):
         parser.error(f"--arms: {', '.join(sorted(unknown))} is none of {', '.join(ARMS)}")
@@ -148,7 +160,9 @@ def _write(output: Path, options: argparse.Namespace, runs: list[dict[str, Any]]
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "load": os.getloadavg(),
         "python": platform.python_version(),
-        "versions": {p: metadata.version(p) for p in ("torch", "timm", "transformers", "accelerate", "datasets")},
+        "versions": {
+            p: metadata.version(p) for p in ("torch", "timm", "transformers", "accelerate", "datasets")
+        },
     }
     text = json.dumps({"machine": machine, "options": vars(options), "runs": runs}, indent=2)
     (output / "results.json").write_text(text + "\n", encoding="utf-8")
@@ -173,7 +187,11 @@ def table(runs: list[dict[str, Any]]) -> str:
             bare = arm.startswith(ARMS_WITH_PREPARATION_ONLY)
             if bare:
                 cells[0] = cells[1] = ""
-            ratio = "" if bare or not ours else f"{statistics.median(r['wall'] for r in these) / statistics.median(ours):.2f}"
+            ratio = (
+                ""
+                if bare or not ours
+                else f"{statistics.median(r['wall'] for r in these) / statistics.median(ours):.2f}"
+            )
             lines.append(f"| {recipe} | {arm} | " + " | ".join([*cells, ratio]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -197,7 +215,9 @@ def _draw(runs: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     for height, name in enumerate(reversed(names)):
         walls = [run["wall"] for run in timed if f"{run['recipe']}, {run['arm']}" == name]
-        axes.barh(height, statistics.median(walls), color="tab:blue" if ", ours" in name else "tab:grey", alpha=0.6)
+        axes.barh(
+            height, statistics.median(walls), color="tab:blue" if ", ours" in name else "tab:grey", alpha=0.6
+        )
         axes.plot(walls, [height] * len(walls), "k.", markersize=4)
     axes.set_yticks(range(len(names)), labels=list(reversed(names)))
     axes.set_xlabel("wall seconds from start to exit; a bar is the median, a point one run")

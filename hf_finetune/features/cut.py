@@ -20,10 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from hf_finetune.models.backbone import FEATURES
 from hf_finetune.models.load import forward as forward_whole
-
-FEATURES = "features."
-"""What the names of stored outputs begin with among a model's inputs."""
 
 Inputs = dict[str, Tensor]
 
@@ -84,7 +82,12 @@ class Cut:
     @property
     def stored(self) -> dict[str, Leaf]:
         """What is stored of each sample, by name."""
-        return {leaf.key: leaf for call in self.calls for leaf in call.leaves if isinstance(leaf, Leaf) and leaf.key}
+        return {
+            leaf.key: leaf
+            for call in self.calls
+            for leaf in call.leaves
+            if isinstance(leaf, Leaf) and leaf.key
+        }
 
     @property
     def modules(self) -> list[str]:
@@ -94,7 +97,9 @@ class Cut:
     @property
     def last(self) -> str:
         """Name of the last module whose output is stored."""
-        return [call.module for call in self.calls if any(isinstance(x, Leaf) and x.key for x in call.leaves)][-1]
+        return [
+            call.module for call in self.calls if any(isinstance(x, Leaf) and x.key for x in call.leaves)
+        ][-1]
 
     def forward(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Return logits, from stored features where `inputs` carries them and through the whole model where not."""
@@ -113,7 +118,11 @@ class Cut:
 
         def output(call: Call) -> Any:
             leaves = [
-                (stored[leaf.key].to(leaf.dtype) if leaf.key else _nothing(leaf, len(some), tokens, some.device))
+                (
+                    stored[leaf.key].to(leaf.dtype)
+                    if leaf.key
+                    else _nothing(leaf, len(some), tokens, some.device)
+                )
                 if isinstance(leaf, Leaf)
                 else leaf
                 for leaf in call.leaves
@@ -210,9 +219,15 @@ def _find(
         raise NoCutError("nothing frozen runs before the first layer that learns")
     if [call.module for call in small] != [call.module for call in large]:
         raise NoCutError("its layers run in another order from batch to batch")
-    places = [(at, n) for at, call in enumerate(large) for n, x in enumerate(call.leaves) if isinstance(x, Tensor)]
-    # What the rest of the network reads itself, not through another frozen module.
-    needed = {place for place in places if not _finite(model, run, large, batches[1], {place})}
+    places = [
+        (at, n) for at, call in enumerate(large) for n, x in enumerate(call.leaves) if isinstance(x, Tensor)
+    ]
+    # What the rest of the network reads itself, not through another frozen module: as a rule the last output.
+    needed = {place for place in places if place[0] == len(large) - 1}
+    if not _finite(model, run, large, batches[1], set(places) - needed):
+        needed = {place for place in places if not _finite(model, run, large, batches[1], {place})}
+    elif len(needed) > 1:
+        needed = {place for place in needed if not _finite(model, run, large, batches[1], {place})}
     # What follows from no features, such as positions, is computed each time: a module is skipped or run as a whole.
     live = {
         large[at].module for at, _ in needed
@@ -233,7 +248,9 @@ def _find(
     if not cut.stored:
         raise NoCutError("nothing that depends on the sample passes its frozen layers")
     for leaf in cut.stored.values():
-        late = [at for at, (kind, number) in enumerate(leaf.dims) if kind == "tokens" and (at, number) != (1, 0)]
+        late = [
+            at for at, (kind, number) in enumerate(leaf.dims) if kind == "tokens" and (at, number) != (1, 0)
+        ]
         if leaf.dims[0] != ("rows", 1) or late:
             raise NoCutError("what passes its frozen layers is not one entry for each sample")
     if all(len(leaf.dims) == 3 for leaf in cut.stored.values()):
@@ -276,7 +293,11 @@ def _trace(
             leaves, structure = tree_flatten(output)
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             # Pooling belongs to the prefix wherever it stands: what is stored becomes smaller.
-            pools = bool(args) and isinstance(args[0], Tensor) and all(x.numel() < args[0].numel() for x in tensors)
+            pools = (
+                bool(args)
+                and isinstance(args[0], Tensor)
+                and all(x.numel() < args[0].numel() for x in tensors)
+            )
             if (name in asleep or pools) and tensors and all(x.is_floating_point() for x in tensors):
                 calls.append(Call(name, structure, tuple(leaves)))
 
@@ -330,7 +351,12 @@ def _finite(
 
 
 def _runs_by_itself(
-    model: nn.Module, run: Any, calls: Sequence[Call], inputs: Inputs, name: str, places: Sequence[tuple[int, int]]
+    model: nn.Module,
+    run: Any,
+    calls: Sequence[Call],
+    inputs: Inputs,
+    name: str,
+    places: Sequence[tuple[int, int]],
 ) -> bool:
     """Return whether a module computes its output from nothing that other frozen modules return."""
     outputs: list[Any] = []
@@ -340,7 +366,9 @@ def _runs_by_itself(
     return bool(tensors) and all(bool(torch.isfinite(x).all()) for x in tensors)
 
 
-def _agrees(cut: Cut, model: nn.Module, run: Any, batches: Sequence[Inputs], logits: Sequence[Tensor]) -> bool:
+def _agrees(
+    cut: Cut, model: nn.Module, run: Any, batches: Sequence[Inputs], logits: Sequence[Tensor]
+) -> bool:
     """Return whether the rest of the model gives the whole model's logits, from features without padding."""
     for inputs, expected in zip(batches, logits, strict=True):
         features = cut.capture(model, inputs)
@@ -375,7 +403,9 @@ def _leaf(small: Any, large: Any, batches: Sequence[Inputs]) -> Any:
         elif one - tokens[0] == other - tokens[1] and "input_ids" in batches[0]:
             dims.append(("tokens", one - tokens[0]))
         else:
-            raise NoCutError(f"its frozen layers return {tuple(small.shape)} here and {tuple(large.shape)} there")
+            raise NoCutError(
+                f"its frozen layers return {tuple(small.shape)} here and {tuple(large.shape)} there"
+            )
     return Leaf(tuple(dims), large.dtype)
 
 

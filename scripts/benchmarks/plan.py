@@ -24,7 +24,9 @@ def main() -> None:
     from hf_finetune.setup import prepare, process_state
 
     job = read_job()
-    setup = prepare(load_recipe(job.recipe, recipe_overrides(job)), world_size=1, device=process_state().device)
+    setup = prepare(
+        load_recipe(job.recipe, recipe_overrides(job)), world_size=1, device=process_state().device
+    )
     names = {parameter.name for parameter in setup.backbone.anatomy.parameters}
     source = find_source(setup.recipe.backbone)
     done = replace(

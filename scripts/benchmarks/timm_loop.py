@@ -42,7 +42,9 @@ def main() -> None:
         for split, data in sets.items()
     }  # fmt: skip
     optimizer = create_optimizer_v2(model, opt="adamw", lr=job.lr, weight_decay=job.weight_decay)
-    scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=job.epochs, min_lr=0.0, warmup_epochs=0)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=job.epochs, min_lr=0.0, warmup_epochs=0
+    )
     loss_of = torch.nn.CrossEntropyLoss()
     first, seen, seconds, accuracies = 0.0, 0, 0.0, []
     best = -1.0

@@ -106,7 +106,9 @@ def main() -> None:
         eval_dataset=validation,
         data_collator=collate,
         processing_class=processor,
-        compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, axis=1) == p.label_ids).mean())},
+        compute_metrics=lambda p: {
+            "accuracy": float((np.argmax(p.predictions, axis=1) == p.label_ids).mean())
+        },
         callbacks=[watch],
     )
     result = trainer.train()

@@ -1,0 +1,325 @@
+"""Features on disk: one folder for each key, written aside and renamed, mapped into memory when read.
+
+Beside the tensors, one file each, lies `manifest.json` with what the key was made of, sizes and hashes; it is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_finetune.features.spec import size_text
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+HASHED = 2 * 10**9
+"""Bytes up to which files are read through when opened; beyond, their size and a few rows are compared."""
+SPARE = 10**9
+"""Bytes that stay free on the disk."""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class StoreError(Exception):
+    """Features cannot be stored or read; the text says why."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One tensor of every sample."""
+
+    shape: tuple[int, ...]
+    """Of one sample; without its first dimension, the tokens, where `ragged`."""
+    dtype: torch.dtype
+    ragged: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a sample, or of a token where `ragged`."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def cache_root() -> Path:
+    """Return the folder of everything kept between runs: HF_FINETUNE_CACHE, or the user's cache folder."""
+    if own := os.environ.get("HF_FINETUNE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_finetune"
+
+
+def features_folder() -> Path:
+    """Return the folder that holds one folder for each key."""
+    return cache_root() / "features"
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """Return the key of everything that decides what features are."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def bytes_of(columns: Mapping[str, Column], ends: np.ndarray, rows: int) -> int:
+    """Return what features of `rows` samples take on disk; `ends` are the running sums of their lengths."""
+    entries = {True: int(ends[-1]) if len(ends) else 0, False: rows}
+    return sum(column.row_bytes * entries[column.ragged] for column in columns.values())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Features that can be read; call it with a row's number."""
+
+    folder: Path
+    columns: dict[str, Column]
+    tensors: dict[str, Tensor]
+    ends: np.ndarray
+
+    def __call__(self, row: int) -> dict[str, Tensor]:
+        """Return the features of one sample, by name."""
+        found = {}
+        for name, column in self.columns.items():
+            if column.ragged:
+                found[name] = self.tensors[name][int(self.ends[row - 1]) if row else 0 : int(self.ends[row])]
+            else:
+                found[name] = self.tensors[name][row]
+        return found
+
+
+def open_features(key: str) -> Stored | None:
+    """Return the features under a key; None where there are none.
+
+    Raises:
+        StoreError: they are damaged.
+    """
+    folder = features_folder() / key
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{folder}: {MANIFEST} cannot be read ({error})") from None
+    try:
+        return _mapped(folder, manifest)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise StoreError(f"{folder}: damaged ({type(error).__name__}: {error})") from None
+
+
+def _mapped(folder: Path, manifest: dict[str, Any]) -> Stored:
+    if manifest["format"] != FORMAT:
+        raise StoreError(f"{folder}: of another version")
+    columns, tensors = {}, {}
+    for number, (name, about) in enumerate(manifest["columns"].items()):
+        column = Column(tuple(about["shape"]), DTYPES[about["dtype"]], about["ragged"])
+        path, size = folder / f"{number}.bin", about["bytes"]
+        if path.stat().st_size != size or (about["hash"] and _hash(path) != about["hash"]):
+            raise StoreError(f"{folder}: {path.name} is damaged")
+        flat = torch.from_file(
+            str(path), shared=False, size=size // column.dtype.itemsize, dtype=column.dtype
+        )
+        columns[name], tensors[name] = column, flat.view(-1, *column.shape)
+    ends = np.load(folder / "ends.npy") if manifest["has_ends"] else np.zeros(0, np.int64)
+    os.utime(folder / MANIFEST)  # what was used last is pruned last
+    return Stored(folder, columns, tensors, ends)
+
+
+class Writer:
+    """Writes the features of a key; several processes may write rows of their own."""
+
+    def __init__(self, folder: Path, columns: Mapping[str, Column], ends: np.ndarray, rows: int) -> None:
+        self.folder, self.columns, self.ends, self.rows = folder, dict(columns), ends, rows
+        self._files = [os.open(folder / f"{number}.bin", os.O_WRONLY) for number in range(len(self.columns))]
+
+    @staticmethod
+    def reserve(key: str, columns: Mapping[str, Column], ends: np.ndarray, rows: int) -> Path:
+        """Make the folder aside, with room for all rows; return it.
+
+        Raises:
+            StoreError: the disk has no room.
+        """
+        root = features_folder()
+        needed = bytes_of(columns, ends, rows)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            remove_abandoned()
+            if shutil.disk_usage(root).free < needed + SPARE:
+                raise StoreError(f"the disk of {root} has no room for {size_text(needed)}")
+            folder = _aside(key)
+            folder.mkdir()
+            for number, column in enumerate(columns.values()):
+                entries = (int(ends[-1]) if len(ends) else 0) if column.ragged else rows
+                with (folder / f"{number}.bin").open("wb") as file:
+                    if entries and hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, entries * column.row_bytes)
+                    else:
+                        file.truncate(entries * column.row_bytes)
+            return folder
+        except OSError as error:
+            raise StoreError(f"{root} cannot be written ({error.strerror})") from None
+
+    def write(self, rows: Sequence[int], features: Mapping[str, Tensor], pad_left: bool = False) -> None:
+        """Write the features of these rows, one batch, padding left out.
+
+        Raises:
+            StoreError: the disk is full, or a value does not fit the number format.
+        """
+        for file, (name, column) in zip(self._files, self.columns.items(), strict=True):
+            batch = features[name].detach().to("cpu")
+            converted = batch.to(column.dtype)
+            if not torch.isfinite(converted).all() and torch.isfinite(batch).all():
+                raise StoreError(f"{_NAMES[column.dtype]} is too small for its values")
+            for row, values in zip(rows, converted, strict=True):
+                start = row
+                if column.ragged:
+                    start = int(self.ends[row - 1]) if row else 0
+                    count = int(self.ends[row]) - start
+                    values = values[len(values) - count :] if pad_left else values[:count]
+                content = values.contiguous().flatten().view(torch.uint8).numpy().data
+                try:
+                    _write_all(file, content, start * column.row_bytes)
+                except OSError as error:
+                    raise StoreError(f"{self.folder.parent} cannot be written ({error.strerror})") from None
+
+    def close(self) -> None:
+        """Bring what this process has written to the disk."""
+        for file in self._files:
+            os.fsync(file)
+            os.close(file)
+        self._files = []
+
+    def finish(self, key: str, parts: Mapping[str, Any]) -> None:
+        """Make the features valid, once every process has closed; what another run has finished meanwhile stays."""
+        about = {}
+        for number, (name, column) in enumerate(self.columns.items()):
+            path = self.folder / f"{number}.bin"
+            size = path.stat().st_size
+            about[name] = {
+                "shape": list(column.shape), "dtype": _NAMES[column.dtype], "ragged": column.ragged, "bytes": size,
+                "hash": _hash(path) if size <= HASHED else None,
+            }  # fmt: skip
+        try:
+            if len(self.ends):
+                np.save(self.folder / "ends.npy", self.ends)
+            manifest = {"format": FORMAT, "rows": self.rows, "has_ends": bool(len(self.ends)), "columns": about,
+                        "parts": dict(parts), "created": time.time()}  # fmt: skip
+            with (self.folder / MANIFEST).open("w", encoding="utf-8") as file:
+                json.dump(manifest, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                self.folder.rename(self.folder.parent / key)
+            except OSError:
+                if not (self.folder.parent / key / MANIFEST).is_file():
+                    raise
+                remove(self.folder)
+        except OSError as error:
+            raise StoreError(f"{self.folder.parent} cannot be written ({error.strerror})") from None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One folder of the cache, for people."""
+
+    folder: Path
+    size: int
+    """Bytes on disk."""
+    rows: int
+    used: float
+    """time.time() of its last use."""
+    parts: dict[str, Any]
+
+
+def kept() -> list[Kept]:
+    """Return what the cache holds, what was used last first; what cannot be read counts as never used."""
+    found = []
+    for folder in _folders():
+        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            used = (folder / MANIFEST).stat().st_mtime
+            found.append(Kept(folder, size, int(manifest["rows"]), used, dict(manifest["parts"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            found.append(Kept(folder, size, 0, 0.0, {}))
+    return sorted(found, key=lambda each: each.used, reverse=True)
+
+
+def prune(keep: int) -> list[Kept]:
+    """Remove what was used longest ago until `keep` bytes are left; return what was removed."""
+    remove_abandoned()
+    removed, total = [], 0
+    for each in kept():
+        total += each.size
+        if total > keep:
+            discard(each.folder.name)
+            removed.append(each)
+    return removed
+
+
+def discard(key: str) -> None:
+    """Remove the features under a key, in one move, so that nobody finds them half removed."""
+    aside = _aside(key)
+    try:
+        (features_folder() / key).rename(aside)
+    except OSError:
+        return
+    remove(aside)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, whatever is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _aside(key: str) -> Path:
+    return features_folder() / f".{key}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+
+
+def remove_abandoned() -> None:
+    """Remove what processes of this machine that are no more have left half written."""
+    if not features_folder().is_dir():
+        return
+    for folder in features_folder().glob(".*"):
+        _, _, *host, pid, _ = folder.name.split(".") if folder.name.count(".") >= 4 else [""] * 5
+        if pid.isdigit() and ".".join(host) == socket.gethostname() and not _is_alive(int(pid)):
+            remove(folder)
+
+
+def _folders() -> Iterator[Path]:
+    root = features_folder()
+    if root.is_dir():
+        yield from (
+            each for each in sorted(root.iterdir()) if each.is_dir() and not each.name.startswith(".")
+        )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _write_all(file: int, content: memoryview, offset: int) -> None:
+    while len(content):
+        written = os.pwrite(file, content, offset)
+        content, offset = content[written:], offset + written
+
+
+def _hash(path: Path) -> str:
+    hashed = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            hashed.update(block)
+    return hashed.hexdigest()
