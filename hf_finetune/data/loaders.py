@@ -43,7 +43,7 @@ Batch = dict[str, Any]
 Key = tuple[int, int] | tuple[int, int, float]
 """(epoch, index) of a sample, maybe with its weight."""
 Features = Callable[[int], dict[str, Tensor]]
-"""Row of a set, or view times its size plus row -> what a frozen prefix made of it: in place of pixels, beside tokens."""
+"""Row of a set (or view times its size, plus row) -> what a frozen prefix made of it: for pixels, or beside tokens."""
 
 
 class EvalSet(Dataset):

@@ -16,17 +16,8 @@ from torch import Tensor, nn
 from hf_finetune.data.loaders import EvalSet, TrainSet, collate, loader_over
 from hf_finetune.evaluation import to_device
 from hf_finetune.features.cut import Cut, Inputs, capture
-from hf_finetune.features.store import (
-    Column,
-    Stored,
-    StoreError,
-    Writer,
-    bytes_of,
-    discard,
-    key_of,
-    open_features,
-    remove,
-)
+from hf_finetune.features.disk import discard, remove
+from hf_finetune.features.store import Column, Stored, StoreError, Writer, bytes_of, key_of, open_features
 
 BATCH = 32
 """Samples that run through the prefix together: always the same ones, so that features are the same to the bit."""
@@ -125,7 +116,7 @@ def compute(
     def write() -> None:
         writers.extend(Writer(f, w.columns, w.ends, w.rows) for f, w in zip(folders[0], wants, strict=True))
         for rows, batch in _batches(wants[0], accelerator, workers):
-            for writer, features in zip(writers, _features(wants, batch, model, accelerator), strict=True):
+            for writer, features in zip(writers, run_prefix(wants, batch, model, accelerator), strict=True):
                 writer.write(rows, features, pad_left=wants[0].pads_left)
             on_batch()
         for writer in writers:
@@ -181,9 +172,10 @@ def _batches(
 
 
 @torch.no_grad()
-def _features(
+def run_prefix(
     wants: Sequence[Want], batch: dict[str, Any], model: nn.Module, accelerator: Accelerator
 ) -> list[Inputs]:
+    """Return what each want stores of a batch, out of one pass."""
     with accelerator.autocast():
         return capture([want.cut for want in wants], model, to_device(batch["inputs"], accelerator.device))
 
@@ -195,7 +187,7 @@ def _holds(want: Want, stored: Stored, model: nn.Module, accelerator: Accelerato
     )
     rows = [int(row) for row in chosen]
     batch = collate([want.data[want.sample_key(row)] for row in rows], tokenizer=want.tokenizer)
-    computed = _features([want], batch, model, accelerator)[0]
+    computed = run_prefix([want], batch, model, accelerator)[0]
     for name, column in want.columns.items():
         fresh = computed[name].float().cpu()
         # what was computed in a coarse format differs by that format's rounding, however it is stored

@@ -1,15 +1,16 @@
 """Where a frozen prefix ends, and how the rest of a network runs without it.
 
-The model's own forward runs as it is, so masks, positions, pooling and whatever an architecture does between its modules
-stay its own affair. Only its frozen modules are not run: those whose outputs the rest needs return what was stored, the
-others return NaN of the right shape, which nothing that matters may read. Which outputs the rest needs is found by trial:
-NaN in an output that is needed reaches the logits. A cut is used only if it gives the whole model's logits.
+The model's own forward runs as it is, so masks, positions, pooling and whatever an architecture does between its
+modules stay its own affair. Only its frozen modules are not run: those whose outputs the rest needs return what was
+stored, the others return NaN of the right shape, which nothing that matters may read. Which outputs the rest needs is
+found by trial: NaN in an output that is needed reaches the logits. A cut is used only if it gives the whole model's
+logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,10 +165,8 @@ def capture(cuts: Sequence[Cut], model: nn.Module, inputs: Inputs) -> list[Input
             for name, calls in _by_module(cut.calls).items():
                 module = model.get_submodule(name)
                 hooks.callback(module.register_forward_hook(watch(keeps, iter(calls))).remove)
-        try:
+        with suppress(_EnoughError):
             forward_whole(model, inputs)
-        except _EnoughError:
-            pass
     return found
 
 
@@ -254,11 +253,7 @@ def _find(
         if leaf.dims[0] != ("rows", 1) or late:
             raise NoCutError("what passes its frozen layers is not one entry for each sample")
     if all(len(leaf.dims) == 3 for leaf in cut.stored.values()):
-        firsts = [
-            replace(call, leaves=tuple(replace(x, first=True) if isinstance(x, Leaf) and x.key else x for x in call.leaves))
-            for call in cut.calls
-        ]  # fmt: skip
-        shorter = replace(cut, calls=tuple(firsts))
+        shorter = replace(cut, calls=tuple(_first_of_each(call) for call in cut.calls))
         if _agrees(shorter, model, run, batches, logits):
             return shorter
     if not _agrees(cut, model, run, batches, logits):
@@ -407,6 +402,13 @@ def _leaf(small: Any, large: Any, batches: Sequence[Inputs]) -> Any:
                 f"its frozen layers return {tuple(small.shape)} here and {tuple(large.shape)} there"
             )
     return Leaf(tuple(dims), large.dtype)
+
+
+def _first_of_each(call: Call) -> Call:
+    leaves = [
+        replace(leaf, first=True) if isinstance(leaf, Leaf) and leaf.key else leaf for leaf in call.leaves
+    ]
+    return replace(call, leaves=tuple(leaves))
 
 
 def _nothing(leaf: Leaf, rows: int, tokens: int, device: torch.device) -> Tensor:

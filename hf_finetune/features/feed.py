@@ -1,8 +1,8 @@
 """What each phase reads: samples, or what its frozen prefix made of them, computed once and kept on disk.
 
-Features stand in for a split when they are read at least twice, when each view of a sample comes again, and when they fit
-the budget; each split is decided by itself. The decision depends on the recipe and not on what the disk holds, so that a
-resumed run reads what the interrupted one did.
+Features stand in for a split when they are read at least twice, when each view of a sample comes again, and when they
+fit the budget; each split is decided by itself. The decision depends on the recipe and not on what the disk holds, so
+that a resumed run reads what the interrupted one did.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ class Plan:
     """By split: `train`, `validation`."""
     why_not: dict[str, str] = field(default_factory=dict)
     """By split; under an empty name for both."""
+
+    @property
+    def forward(self) -> Callable[[nn.Module, Inputs], Tensor]:
+        """How the model runs on these features, and on samples."""
+        return next(iter(self.wants.values())).cut.forward if self.wants else forward
 
     def __str__(self) -> str:
         """Return what a person should know, in one line."""
@@ -119,12 +124,12 @@ class Feed:
         train.features, validation.features = found.get("train"), found.get("validation")
         train.views = plan.wants["train"].views if "train" in found else None
         loaders = build_loaders(self.setup, self.accelerator, (train, validation))
-        source = replace(self.plain, forward=next(iter(plan.wants.values())).cut.forward)
+        source = replace(self.plain, forward=plan.forward, note=note)
         if "train" in found:
             source = replace(source, train=loaders[0])
         if "validation" in found:
             source = replace(source, validation=loaders[1])
-        return replace(source, note=note)
+        return source
 
     def plan(self, phase: int, still: dict[str, str], measured: nn.Module) -> Plan:
         """Return what is to be computed once for a phase; arguments as for `enter`."""
@@ -159,6 +164,10 @@ class Feed:
             plan.wants["validation"] = self._want("validation", cut, 1, still, spec)
         return _within_budget(plan, spec)
 
+    def starts_pass(self, phase: int) -> bool:
+        """Return whether a phase is the first of those whose features one pass computes."""
+        return self._chain(phase).start == phase
+
     def _want(self, split: str, cut: Cut, views: int, still: dict[str, str], spec: CacheSpec) -> Want:
         data = self.train if split == "train" else self.validation
         if (split, views) not in self._digests:
@@ -180,7 +189,7 @@ class Feed:
         return Want(data, views, cut, columns, ends, parts)
 
     def _ahead(self, phase: int, split: str, still: dict[str, str]) -> list[Want]:
-        """Return what later phases want of a split and this phase's pass can compute along, as far as the budget goes."""
+        """Return what later phases want of a split: this phase's pass computes it along, as far as the budget goes."""
         found: list[Want] = []
         for later in range(phase + 1, self._chain(phase).stop):
             want = self.plan(later, still, self.model).wants.get(split)

@@ -1,6 +1,6 @@
 """Features on disk: one folder for each key, written aside and renamed, mapped into memory when read.
 
-Beside the tensors, one file each, lies `manifest.json` with what the key was made of, sizes and hashes; it is written last.
+Beside the tensors, one file each, lies `manifest.json`: what the key was made of, sizes and hashes. It is written last.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_finetune.features.disk import MANIFEST, aside, features_folder, remove, remove_abandoned
 from hf_finetune.features.spec import size_text
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 HASHED = 2 * 10**9
 """Bytes up to which files are read through when opened; beyond, their size and a few rows are compared."""
@@ -50,18 +48,6 @@ class Column:
     def row_bytes(self) -> int:
         """Bytes of a sample, or of a token where `ragged`."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-
-
-def cache_root() -> Path:
-    """Return the folder of everything kept between runs: HF_FINETUNE_CACHE, or the user's cache folder."""
-    if own := os.environ.get("HF_FINETUNE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_finetune"
-
-
-def features_folder() -> Path:
-    """Return the folder that holds one folder for each key."""
-    return cache_root() / "features"
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -153,7 +139,7 @@ class Writer:
             remove_abandoned()
             if shutil.disk_usage(root).free < needed + SPARE:
                 raise StoreError(f"the disk of {root} has no room for {size_text(needed)}")
-            folder = _aside(key)
+            folder = aside(key)
             folder.mkdir()
             for number, column in enumerate(columns.values()):
                 entries = (int(ends[-1]) if len(ends) else 0) if column.ragged else rows
@@ -223,92 +209,6 @@ class Writer:
                 remove(self.folder)
         except OSError as error:
             raise StoreError(f"{self.folder.parent} cannot be written ({error.strerror})") from None
-
-
-@dataclass(frozen=True)
-class Kept:
-    """One folder of the cache, for people."""
-
-    folder: Path
-    size: int
-    """Bytes on disk."""
-    rows: int
-    used: float
-    """time.time() of its last use."""
-    parts: dict[str, Any]
-
-
-def kept() -> list[Kept]:
-    """Return what the cache holds, what was used last first; what cannot be read counts as never used."""
-    found = []
-    for folder in _folders():
-        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            used = (folder / MANIFEST).stat().st_mtime
-            found.append(Kept(folder, size, int(manifest["rows"]), used, dict(manifest["parts"])))
-        except (OSError, ValueError, KeyError, TypeError):
-            found.append(Kept(folder, size, 0, 0.0, {}))
-    return sorted(found, key=lambda each: each.used, reverse=True)
-
-
-def prune(keep: int) -> list[Kept]:
-    """Remove what was used longest ago until `keep` bytes are left; return what was removed."""
-    remove_abandoned()
-    removed, total = [], 0
-    for each in kept():
-        total += each.size
-        if total > keep:
-            discard(each.folder.name)
-            removed.append(each)
-    return removed
-
-
-def discard(key: str) -> None:
-    """Remove the features under a key, in one move, so that nobody finds them half removed."""
-    aside = _aside(key)
-    try:
-        (features_folder() / key).rename(aside)
-    except OSError:
-        return
-    remove(aside)
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder, whatever is in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _aside(key: str) -> Path:
-    return features_folder() / f".{key}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-
-
-def remove_abandoned() -> None:
-    """Remove what processes of this machine that are no more have left half written."""
-    if not features_folder().is_dir():
-        return
-    for folder in features_folder().glob(".*"):
-        _, _, *host, pid, _ = folder.name.split(".") if folder.name.count(".") >= 4 else [""] * 5
-        if pid.isdigit() and ".".join(host) == socket.gethostname() and not _is_alive(int(pid)):
-            remove(folder)
-
-
-def _folders() -> Iterator[Path]:
-    root = features_folder()
-    if root.is_dir():
-        yield from (
-            each for each in sorted(root.iterdir()) if each.is_dir() and not each.name.startswith(".")
-        )
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _write_all(file: int, content: memoryview, offset: int) -> None:
