@@ -150,13 +150,15 @@ def _train(
             entered, plan = at.phase, setup.plans[at.phase]
             scope.apply(plan, setup.backbone.anatomy, feed.homes)
             still = fingerprints(frozen_tensors(model, plan))
+            entering = time.monotonic()
             try:  # what is frozen is computed once
                 source = feed.enter(at.phase, still, measured, on_batch=while_busy, say=progress.say)
             except Interrupted as stopped:
                 save()
                 return "interrupted", str(stopped)
             record.log_features(at.phase, source.note)
-            wrapped, batches, clock = _wrap(accelerator, model), None, time.monotonic()
+            wrapped, batches = _wrap(accelerator, model), None
+            clock += time.monotonic() - entering  # that does not count as training time
 
         if not at.due:
             epoch, batch_index = divmod(at.step, timeline.steps_per_epoch)

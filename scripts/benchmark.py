@@ -2,9 +2,9 @@
 
     python scripts/benchmark.py --backbone DIR --data DIR --recipes frozen,full --epochs 10 --repeats 3 --output DIR
 
-Each arm is a fresh process; the arms of one repeat follow each other, so that what else the machine does falls on all of
-them alike. `ours` starts without cached features, `ours-again` with those of the `ours` before it, `ours-uncached` caches
-none. Written to --output: results.json (every run), table.md (medians and spreads), benchmark.png.
+Each arm is a fresh process; the arms of one repeat follow each other, so that what else the machine does falls on all
+of them alike. `ours` starts without cached features, `ours-again` with those of the `ours` before it, `ours-uncached`
+caches none. Written to --output: results.json (every run), table.md (medians and spreads), benchmark.png.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ ARMS: dict[str, tuple[list[str], str, list[str]]] = {
     "ours-uncached": (["ours-uncached"], "ours.py", ["cache=off"]),
     "trainer": (["trainer"], "trainer.py", []),
     "timm": (["timm"], "timm_loop.py", []),
-    "fastai": (["fastai"], "fastai_loop.py", []),
-    "lightning": (["lightning"], "lightning_loop.py", []),
 }
 """What --arms names -> the runs it stands for, their program, further changes to our recipe."""
 FIGURES = {
@@ -119,8 +117,6 @@ def _plan(options: argparse.Namespace, recipe: str, scratch: Path) -> Job:
 
 def _run(job: Job, program: str, scratch: Path, features: Path) -> dict[str, Any]:
     """Run one arm in a process of its own; return its answer, wall and CPU seconds and peak memory."""
-    if not (HERE / "benchmarks" / program).is_file():
-        return {"skipped": f"there is no {program}"}
     folder = Path(tempfile.mkdtemp(dir=scratch))
     written = folder / "job.json"
     written.write_text(json.dumps(vars(replace(job, folder=str(folder / "out")))), encoding="utf-8")

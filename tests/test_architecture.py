@@ -21,12 +21,12 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("ground: errors, the base of all specs", {"errors", "spec"}),
     (
         "specs: what a part is told, and tables of names",
-        {"augment.spec", "data.spec", "data.labels", "hub.spec", "models.spec", "models.anatomy", "monitor", "optim", "schedule",
+        {"augment.spec", "data.spec", "data.labels", "features.disk", "features.spec", "hub.spec", "models.spec", "models.anatomy", "monitor", "optim", "schedule",
          "shipped", "strategies", "tasks"},
     ),
     (
         "parts: each knows its own spec, none knows the recipe",
-        {"augment", "data", "models", "tasks.loss", "evaluation", "freeze", "progress", "report", "runfolder"},
+        {"augment", "data", "features", "models", "tasks.loss", "evaluation", "freeze", "progress", "report", "runfolder"},
     ),
     (
         "recipe: the specs composed, read, checked and written",
@@ -34,7 +34,7 @@ LAYERS: list[tuple[str, set[str]]] = [
          "yaml_source"},
     ),
     ("plan: a recipe on one backbone, one data set, one machine", {"defaults", "precision", "timeline", "setup"}),
-    ("run: the loop and what it leaves behind", {"checkpoint", "hub", "position", "record", "resume", "stopping", "train"}),
+    ("run: the loop and what it leaves behind", {"checkpoint", "features.feed", "hub", "position", "record", "resume", "stopping", "train"}),
     ("entries: what people call", {"", "cli", "compare", "explain", "inference"}),
 ]  # fmt: skip
 
@@ -55,7 +55,7 @@ HEAVY = [
 LIGHT = [
     "", "cli", "errors", "spec", "monitor", "schedule", "optim", "runfolder", "timeline", "defaults",
     "recipe", "recipe_spec", "recipe_schema", "recipe_errors", "yaml_source", "checks",
-    "augment.spec", "augment.presets", "hub.spec", "data.spec", "data.labels", "data.report", "models.spec", "models.anatomy",
+    "augment.spec", "augment.presets", "features.disk", "features.spec", "hub.spec", "data.spec", "data.labels", "data.report", "models.spec", "models.anatomy",
     "shipped", "strategies", "tasks", "tasks.metrics",
 ]  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,20 +102,19 @@ def compute(
     Raises:
         StoreError: they cannot be written; nothing is left behind.
     """
-    folders: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            folders = [[Writer.reserve(w.key, w.columns, w.ends, w.rows) for w in wants]]
-        except StoreError as error:
-            folders = [error]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(folders)
-    if isinstance(folders[0], StoreError):
-        raise folders[0]
+    folders: list[Path] = []
+
+    def reserve() -> None:
+        for want in wants if accelerator.is_main_process else ():
+            folders.append(Writer.reserve(want.key, want.columns, want.ends, want.rows))
+
     writers: list[Writer] = []
 
     def write() -> None:
-        writers.extend(Writer(f, w.columns, w.ends, w.rows) for f, w in zip(folders[0], wants, strict=True))
+        shared = [folders]
+        if accelerator.num_processes > 1:
+            broadcast_object_list(shared)
+        writers.extend(Writer(f, w.columns, w.ends, w.rows) for f, w in zip(shared[0], wants, strict=True))
         for rows, batch in _batches(wants[0], accelerator, workers):
             for writer, features in zip(writers, run_prefix(wants, batch, model, accelerator), strict=True):
                 writer.write(rows, features, pad_left=wants[0].pads_left)
@@ -128,10 +128,10 @@ def compute(
                 writer.finish(want.key, want.parts)
 
     try:
-        _together(write, accelerator)
-        _together(finish, accelerator)
+        for action in (reserve, write, finish):
+            _together(action, accelerator)
     except BaseException:
-        for folder in folders[0]:
+        for folder in folders:
             remove(folder)
         raise
     stored = open_features(wants[0].key)

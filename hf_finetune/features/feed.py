@@ -22,12 +22,13 @@ from hf_finetune.evaluation import to_device
 from hf_finetune.features.compute import Want, compute, find
 from hf_finetune.features.cut import Cut, Inputs, Leaf, NoCutError, find_cut
 from hf_finetune.features.keys import architecture_digest, rows_digest, view_of
-from hf_finetune.features.spec import CacheSpec, size_text
+from hf_finetune.features.spec import CacheSpec
 from hf_finetune.features.store import DTYPES, Column, StoreError, key_of
 from hf_finetune.freeze import sleeping_modules
 from hf_finetune.models.load import forward, module_groups
 from hf_finetune.runfolder import versions
 from hf_finetune.setup import Setup, build_loaders, build_sets
+from hf_finetune.spec import Size
 from hf_finetune.timeline import phase_end
 
 SHAPING_PACKAGES = ("torch", "torchvision", "timm", "transformers", "peft", "pillow", "hf-finetune")
@@ -64,7 +65,7 @@ class Plan:
         parts = []
         if self.wants:
             rows = " and ".join(f"{want.rows:,} {split} rows" for split, want in self.wants.items())
-            size = size_text(sum(want.size for want in self.wants.values()))
+            size = Size(sum(want.size for want in self.wants.values()))
             parts = [f"computed once up to {next(iter(self.wants.values())).cut.last} for {rows} ({size})"]
         return "; ".join(
             parts
@@ -143,6 +144,8 @@ class Feed:
         cut = self._cut(phase)
         if isinstance(cut, NoCutError):
             return Plan(why_not={"": str(cut)})
+        if self._groups(cut) <= {setup.backbone.anatomy.groups[0]}:
+            return Plan(why_not={"": "BatchNorm statistics move from the first block on"})
         spec = _spec(setup)
         plan, (epochs, evaluations) = Plan(), self._reads(phase)
         views = (spec.views or 0) if setup.augmentations else 1
@@ -193,7 +196,7 @@ class Feed:
         found: list[Want] = []
         for later in range(phase + 1, self._chain(phase).stop):
             want = self.plan(later, still, self.model).wants.get(split)
-            if want is None or sum(each.size for each in [*found, want]) > _spec(self.setup).budget:
+            if want is None or sum(each.size for each in [*found, want]) > _spec(self.setup).budget.bytes:
                 break
             found.append(want)
         return found
@@ -260,6 +263,10 @@ class Feed:
             if owners.get(name, self.homes.get(name.rpartition(".")[0])) in groups
         }
 
+    def _groups(self, cut: Cut) -> set[str]:
+        inside = tuple(f"{name}." for name in cut.modules)
+        return {group for name, group in self.homes.items() if f"{name}.".startswith(inside)}
+
     def _same(self, measured: nn.Module, cut: Cut) -> bool:
         """Return whether the model that is measured has the same prefix."""
         return measured is self.model or all(
@@ -289,10 +296,10 @@ def _within_budget(plan: Plan, spec: CacheSpec) -> Plan:
     def size(plan: Plan) -> int:
         return sum(want.size for want in plan.wants.values())
 
-    if size(plan) > spec.budget and spec.dtype == "auto":
+    if size(plan) > spec.budget.bytes and spec.dtype == "auto":
         plan = replace(plan, wants={split: _halved(want) for split, want in plan.wants.items()})
-    if size(plan) > spec.budget:
-        return Plan(why_not={"": f"{size_text(size(plan))} exceed `cache.budget` ({size_text(spec.budget)})"})
+    if size(plan) > spec.budget.bytes:
+        return Plan(why_not={"": f"{Size(size(plan))} exceed `cache.budget` ({spec.budget})"})
     return plan
 
 

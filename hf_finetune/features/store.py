@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_finetune.features.disk import MANIFEST, aside, features_folder, remove, remove_abandoned
-from hf_finetune.features.spec import size_text
+from hf_finetune.spec import Size
 
 FORMAT = 1
 HASHED = 2 * 10**9
@@ -134,12 +134,12 @@ class Writer:
         """
         root = features_folder()
         needed = bytes_of(columns, ends, rows)
+        folder = aside(key)
         try:
             root.mkdir(parents=True, exist_ok=True)
             remove_abandoned()
             if shutil.disk_usage(root).free < needed + SPARE:
-                raise StoreError(f"the disk of {root} has no room for {size_text(needed)}")
-            folder = aside(key)
+                raise StoreError(f"the disk of {root} has no room for {Size(needed)}")
             folder.mkdir()
             for number, column in enumerate(columns.values()):
                 entries = (int(ends[-1]) if len(ends) else 0) if column.ragged else rows
@@ -150,6 +150,7 @@ class Writer:
                         file.truncate(entries * column.row_bytes)
             return folder
         except OSError as error:
+            remove(folder)
             raise StoreError(f"{root} cannot be written ({error.strerror})") from None
 
     def write(self, rows: Sequence[int], features: Mapping[str, Tensor], pad_left: bool = False) -> None:

@@ -63,9 +63,3 @@ def since_start() -> float:
 def answer(**values: Any) -> None:
     """Tell the parent what came out: first_step, samples_per_second, accuracy …"""
     print(json.dumps(values), flush=True)
-
-
-def not_installed(package: str) -> None:
-    """Tell the parent that this arm cannot run here."""
-    answer(skipped=f"{package} is not installed: pip install 'hf_finetune[benchmark]'")
-    sys.exit(0)
