@@ -397,7 +397,11 @@ def no_json(folder: Path) -> None:
     (folder / "manifest.json").write_text("{")
 
 
-@pytest.mark.parametrize("spoil", [spoil_bytes, spoil_features, cut_short, no_json])
+def no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("spoil", [spoil_bytes, spoil_features, cut_short, no_json, no_manifest])
 def test_spoiled_features_are_computed_anew(
     spoil: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

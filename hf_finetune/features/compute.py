@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_finetune.data.loaders import EvalSet, TrainSet, collate, loader_over
 from hf_finetune.evaluation import to_device
 from hf_finetune.features.cut import Cut, Inputs, capture
-from hf_finetune.features.disk import discard, remove
+from hf_finetune.features.disk import discard, features_folder, remove
 from hf_finetune.features.store import Column, Stored, StoreError, Writer, bytes_of, key_of, open_features
 
 BATCH = 32
@@ -72,7 +72,11 @@ class Want:
 
 
 def find(want: Want, model: nn.Module, accelerator: Accelerator, say: Callable[[str], None]) -> Stored | None:
-    """Return features from disk if they are there and are what the model computes; else None, in every process."""
+    """Return features from disk if they are there and are what the model computes; else None, in every process.
+
+    Raises:
+        StoreError: wrong ones stand in the way.
+    """
     stored, reason = None, None
     try:
         stored = open_features(want.key)
@@ -84,8 +88,12 @@ def find(want: Want, model: nn.Module, accelerator: Accelerator, say: Callable[[
     present = all(_gathered(stored is not None, accelerator))
     if reasons:
         say(f"features: those on disk are computed anew: {reasons[0]}")
-        if accelerator.is_main_process:
-            discard(want.key)
+
+        def go() -> None:
+            if accelerator.is_main_process and not discard(want.key):
+                raise StoreError(f"{want.key} in {features_folder()} is wrong and cannot be removed")
+
+        _together(go, accelerator)
     return stored if present and not reasons else None
 
 
@@ -131,6 +139,8 @@ def compute(
         for action in (reserve, write, finish):
             _together(action, accelerator)
     except BaseException:
+        for writer in writers:
+            writer.abandon()
         for folder in folders:
             remove(folder)
         raise
@@ -147,8 +157,6 @@ def _together(action: Callable[[], None], accelerator: Accelerator) -> None:
         action()
     except StoreError as error:
         reason = str(error)
-    except OSError as error:
-        reason = f"not every process can write {error.filename}: {error.strerror}"
     for each in _gathered(reason, accelerator):
         if each:
             raise StoreError(each)

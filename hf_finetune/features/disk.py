@@ -67,20 +67,22 @@ def prune(keep: int) -> list[Kept]:
     removed, total = [], 0
     for each in kept():
         total += each.size
-        if total > keep:
-            discard(each.folder.name)
+        if total > keep and discard(each.folder.name):
             removed.append(each)
     return removed
 
 
-def discard(key: str) -> None:
-    """Remove the features under a key, in one move, so that nobody finds them half removed."""
+def discard(key: str) -> bool:
+    """Remove the features under a key, in one move: nobody finds them half removed. Return whether they went."""
     leaving = aside(key)
     try:
         (features_folder() / key).rename(leaving)
+    except FileNotFoundError:
+        return True
     except OSError:
-        return
+        return False
     remove(leaving)
+    return True
 
 
 def remove(folder: Path) -> None:

@@ -104,9 +104,8 @@ class Feed:
         """
         plan, found = self.plan(phase, still, measured), {}
         for split, want in list(plan.wants.items()):
-            stored = find(want, self.model, self.accelerator, say)
             try:
-                found[split] = stored or compute(
+                found[split] = find(want, self.model, self.accelerator, say) or compute(
                     [want, *self._ahead(phase, split, still)],
                     self.model,
                     self.accelerator,

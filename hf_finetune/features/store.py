@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,14 @@ def open_features(key: str) -> Stored | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if folder.is_dir():  # renamed as a whole, so somebody took it apart
+            raise StoreError(f"{folder}: {MANIFEST} is missing") from None
         return None
     except (OSError, ValueError) as error:
         raise StoreError(f"{folder}: {MANIFEST} cannot be read ({error})") from None
     try:
         return _mapped(folder, manifest)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise StoreError(f"{folder}: damaged ({type(error).__name__}: {error})") from None
 
 
@@ -114,7 +117,8 @@ def _mapped(folder: Path, manifest: dict[str, Any]) -> Stored:
         )
         columns[name], tensors[name] = column, flat.view(-1, *column.shape)
     ends = np.load(folder / "ends.npy") if manifest["has_ends"] else np.zeros(0, np.int64)
-    os.utime(folder / MANIFEST)  # what was used last is pruned last
+    with suppress(OSError):
+        os.utime(folder / MANIFEST)  # what was used last is pruned last
     return Stored(folder, columns, tensors, ends)
 
 
@@ -123,7 +127,12 @@ class Writer:
 
     def __init__(self, folder: Path, columns: Mapping[str, Column], ends: np.ndarray, rows: int) -> None:
         self.folder, self.columns, self.ends, self.rows = folder, dict(columns), ends, rows
-        self._files = [os.open(folder / f"{number}.bin", os.O_WRONLY) for number in range(len(self.columns))]
+        self._files: list[int] = []
+        try:
+            for number in range(len(self.columns)):
+                self._files.append(os.open(folder / f"{number}.bin", os.O_WRONLY))
+        except OSError as error:
+            raise StoreError(f"not every process can write {folder.parent} ({error.strerror})") from None
 
     @staticmethod
     def reserve(key: str, columns: Mapping[str, Column], ends: np.ndarray, rows: int) -> Path:
@@ -177,25 +186,33 @@ class Writer:
                     raise StoreError(f"{self.folder.parent} cannot be written ({error.strerror})") from None
 
     def close(self) -> None:
-        """Bring what this process has written to the disk."""
+        """Bring what this process has written to the disk.
+
+        Raises:
+            StoreError: it does not get there.
+        """
+        try:
+            for file in self._files:
+                os.fsync(file)
+        except OSError as error:
+            raise StoreError(f"{self.folder.parent} cannot be written ({error.strerror})") from None
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of the files."""
         for file in self._files:
-            os.fsync(file)
             os.close(file)
         self._files = []
 
     def finish(self, key: str, parts: Mapping[str, Any]) -> None:
         """Make the features valid, once every process has closed; what another run has finished meanwhile stays."""
-        about = {}
-        for number, (name, column) in enumerate(self.columns.items()):
-            path = self.folder / f"{number}.bin"
-            size = path.stat().st_size
-            about[name] = {
-                "shape": list(column.shape), "dtype": _NAMES[column.dtype], "ragged": column.ragged, "bytes": size,
-                "hash": _hash(path) if size <= HASHED else None,
-            }  # fmt: skip
         try:
+            about = {name: self._about(number) for number, name in enumerate(self.columns)}
             if len(self.ends):
-                np.save(self.folder / "ends.npy", self.ends)
+                with (self.folder / "ends.npy").open("wb") as lengths:
+                    np.save(lengths, self.ends)
+                    os.fsync(lengths.fileno())
             manifest = {"format": FORMAT, "rows": self.rows, "has_ends": bool(len(self.ends)), "columns": about,
                         "parts": dict(parts), "created": time.time()}  # fmt: skip
             with (self.folder / MANIFEST).open("w", encoding="utf-8") as file:
@@ -210,6 +227,17 @@ class Writer:
                 remove(self.folder)
         except OSError as error:
             raise StoreError(f"{self.folder.parent} cannot be written ({error.strerror})") from None
+
+    def _about(self, number: int) -> dict[str, Any]:
+        column, path = list(self.columns.values())[number], self.folder / f"{number}.bin"
+        size = path.stat().st_size
+        return {
+            "shape": list(column.shape),
+            "dtype": _NAMES[column.dtype],
+            "ragged": column.ragged,
+            "bytes": size,
+            "hash": _hash(path) if size <= HASHED else None,
+        }
 
 
 def _write_all(file: int, content: memoryview, offset: int) -> None:
