@@ -16,7 +16,8 @@ from hf_finetune.augment.grid import save_augment_grid
 from hf_finetune.data.loaders import Batch, iterate_batches
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.features.compute import run_prefix
-from hf_finetune.features.feed import Feed, Plan
+from hf_finetune.features.feed import Feed
+from hf_finetune.features.plan import Plan
 from hf_finetune.freeze import FreezeScope, fingerprints, frozen_tensors
 from hf_finetune.optim import build_optimizer
 from hf_finetune.precision import mixed_precision

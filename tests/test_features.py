@@ -23,8 +23,8 @@ from hf_finetune.cli import main
 from hf_finetune.data.labels import Labels
 from hf_finetune.errors import Interrupted
 from hf_finetune.features import compute, disk, feed, store
-from hf_finetune.features.cut import NoCutError, find_cut
 from hf_finetune.features.spec import CacheSpec
+from hf_finetune.features.trials import NoCutError, find_cut
 from hf_finetune.freeze import FreezeScope, fingerprints, frozen_tensors, sleeping_modules
 from hf_finetune.models.load import forward, load_backbone, module_groups
 from hf_finetune.models.spec import BackboneSpec

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,15 +20,16 @@ from torch.utils.data import DataLoader
 from hf_finetune.data.loaders import collate
 from hf_finetune.evaluation import to_device
 from hf_finetune.features.compute import Want, compute, find
-from hf_finetune.features.cut import Cut, Inputs, Leaf, NoCutError, find_cut
+from hf_finetune.features.cut import Cut, Inputs
 from hf_finetune.features.keys import architecture_digest, rows_digest, view_of
+from hf_finetune.features.plan import Plan, column_of, within_budget
 from hf_finetune.features.spec import CacheSpec
-from hf_finetune.features.store import DTYPES, Column, StoreError, key_of
+from hf_finetune.features.store import StoreError, key_of
+from hf_finetune.features.trials import NoCutError, find_cut
 from hf_finetune.freeze import sleeping_modules
 from hf_finetune.models.load import forward, module_groups
 from hf_finetune.runfolder import versions
 from hf_finetune.setup import Setup, build_loaders, build_sets
-from hf_finetune.spec import Size
 from hf_finetune.timeline import phase_end
 
 SHAPING_PACKAGES = ("torch", "torchvision", "timm", "transformers", "peft", "pillow", "hf-finetune")
@@ -44,33 +45,6 @@ class Source:
     forward: Callable[[nn.Module, Inputs], Tensor] = forward
     note: str = ""
     """What is computed once, in words, and why no more."""
-
-
-@dataclass
-class Plan:
-    """What is computed once for a phase, and why no more than that."""
-
-    wants: dict[str, Want] = field(default_factory=dict)
-    """By split: `train`, `validation`."""
-    why_not: dict[str, str] = field(default_factory=dict)
-    """By split; under an empty name for both."""
-
-    @property
-    def forward(self) -> Callable[[nn.Module, Inputs], Tensor]:
-        """How the model runs on these features, and on samples."""
-        return next(iter(self.wants.values())).cut.forward if self.wants else forward
-
-    def __str__(self) -> str:
-        """Return what a person should know, in one line."""
-        parts = []
-        if self.wants:
-            rows = " and ".join(f"{want.rows:,} {split} rows" for split, want in self.wants.items())
-            size = Size(sum(want.size for want in self.wants.values()))
-            parts = [f"computed once up to {next(iter(self.wants.values())).cut.last} for {rows} ({size})"]
-        return "; ".join(
-            parts
-            + [f"not for {split}: {why}" if split else f"no: {why}" for split, why in self.why_not.items()]
-        )
 
 
 class Feed:
@@ -164,7 +138,7 @@ class Feed:
             plan.why_not["validation"] = "the average of the weights still moves in the frozen layers"
         else:
             plan.wants["validation"] = self._want("validation", cut, 1, still, spec)
-        return _within_budget(plan, spec)
+        return within_budget(plan, spec)
 
     def starts_pass(self, phase: int) -> bool:
         """Return whether a phase is the first of those whose features one pass computes."""
@@ -175,7 +149,7 @@ class Feed:
         if (split, views) not in self._digests:
             self._digests[split, views] = rows_digest(data, views)
         digest, ends = self._digests[split, views]
-        columns = {name: _column(leaf, spec) for name, leaf in cut.stored.items()}
+        columns = {name: column_of(leaf, spec) for name, leaf in cut.stored.items()}
         known, recipe = versions(), self.setup.recipe
         parts = {
             "rows": digest,
@@ -281,31 +255,3 @@ class Feed:
 
 def _spec(setup: Setup) -> CacheSpec:
     return setup.recipe.cache if isinstance(setup.recipe.cache, CacheSpec) else CacheSpec()
-
-
-def _column(leaf: Leaf, spec: CacheSpec) -> Column:
-    shape = leaf.shape(1, 0)[2 if leaf.ragged else 1 :]
-    exact = leaf.dtype if leaf.dtype in DTYPES.values() else torch.float32
-    return Column(shape, exact if spec.dtype == "auto" else DTYPES[spec.dtype], leaf.ragged)
-
-
-def _within_budget(plan: Plan, spec: CacheSpec) -> Plan:
-    """Return the plan if it fits the budget, with half the bytes if only that does, or none."""
-
-    def size(plan: Plan) -> int:
-        return sum(want.size for want in plan.wants.values())
-
-    if size(plan) > spec.budget.bytes and spec.dtype == "auto":
-        plan = replace(plan, wants={split: _halved(want) for split, want in plan.wants.items()})
-    if size(plan) > spec.budget.bytes:
-        return Plan(why_not={"": f"{Size(size(plan))} exceed `cache.budget` ({spec.budget})"})
-    return plan
-
-
-def _halved(want: Want) -> Want:
-    columns = {
-        name: replace(column, dtype=torch.float16) if column.dtype == torch.float32 else column
-        for name, column in want.columns.items()
-    }
-    parts = want.parts | {"dtype": [str(column.dtype) for column in columns.values()]}
-    return replace(want, columns=columns, parts=parts)
