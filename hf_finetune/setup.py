@@ -22,6 +22,7 @@ from hf_finetune.data.splits import Splits, load_splits
 from hf_finetune.data.targets import class_weights
 from hf_finetune.defaults import Choice, resolve
 from hf_finetune.errors import RecipeError, UserError
+from hf_finetune.features.spec import CacheSpec
 from hf_finetune.models.load import Backbone, ImageInput, checkpoint_gradients, load_backbone
 from hf_finetune.optim import ParamGroup, build_optimizer, group_parameters
 from hf_finetune.precision import resolve_precision
@@ -129,9 +130,14 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         if each.startswith(EVALUATE_PREFIX):
             load_from_evaluate(each.removeprefix(EVALUATE_PREFIX), splits.labels.kind)
     mode = recipe.monitor.mode if recipe.monitor.mode != "auto" else metric_mode(metric)
+    cache = recipe.cache
+    if cache == "auto":
+        cache, why = CacheSpec(), "frozen layers run once for each view that comes again, where that fits"
+        choices.append(Choice("cache", f"up to {cache.budget}", why))
     recipe = recipe.model_copy(
         update={
             "task": task,
+            "cache": cache,
             "augment": augment,
             "data": recipe.data.model_copy(update={"workers": workers}),
             "training": recipe.training.model_copy(update={"precision": precision}),

@@ -269,7 +269,7 @@ BROKEN = [
           given 8; allowed: a size (8GB)
           a size is a number above 0 and its unit (B, KB, MB, GB, TB), such as 8GB
         recipe.yaml:2: cache.dtype
-          given int8; allowed: fp32, fp16, bf16 or auto
+          given int8; allowed: fp32, fp16, bf16 or null
         recipe.yaml:2: cache.place
           unknown key, given /tmp
           allowed: views, budget, dtype

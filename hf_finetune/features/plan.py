@@ -47,7 +47,7 @@ def column_of(leaf: Leaf, spec: CacheSpec) -> Column:
     """Return how an output is stored."""
     shape = leaf.shape(1, 0)[2 if leaf.ragged else 1 :]
     exact = leaf.dtype if leaf.dtype in DTYPES.values() else torch.float32
-    return Column(shape, exact if spec.dtype == "auto" else DTYPES[spec.dtype], leaf.ragged)
+    return Column(shape, DTYPES[spec.dtype] if spec.dtype else exact, leaf.ragged)
 
 
 def within_budget(plan: Plan, spec: CacheSpec) -> Plan:
@@ -56,7 +56,7 @@ def within_budget(plan: Plan, spec: CacheSpec) -> Plan:
     def size(plan: Plan) -> int:
         return sum(want.size for want in plan.wants.values())
 
-    if size(plan) > spec.budget.bytes and spec.dtype == "auto":
+    if size(plan) > spec.budget.bytes and spec.dtype is None:
         plan = replace(plan, wants={split: _halved(want) for split, want in plan.wants.items()})
     if size(plan) > spec.budget.bytes:
         return Plan(why_not={"": f"{Size(size(plan))} exceed `cache.budget` ({spec.budget})"})

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hf_finetune.spec import Auto, Size, SizeField, Spec
+from hf_finetune.spec import Size, SizeField, Spec
 
 
 class CacheSpec(Spec):
@@ -17,5 +17,5 @@ class CacheSpec(Spec):
     views. null = every epoch shows views of its own, which are computed anew."""
     budget: SizeField = Size(8 * 10**9)
     """Disk space that the features of one phase may take."""
-    dtype: Literal["fp32", "fp16", "bf16"] | Auto = "auto"
-    """Number format on disk; auto = as computed, or fp16 where only that fits the budget."""
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """Number format on disk; null = as computed, or fp16 where only that fits the budget."""
