@@ -201,6 +201,34 @@ def push(
 
 
 @app.command()
+def cache(
+    action: Annotated[
+        str, typer.Argument(metavar="list|prune", help="Show what is kept, or remove some of it.")
+    ] = "list",
+    keep: Annotated[
+        str, typer.Option(help="With prune: how much stays, what was used last first, e.g. 10GB.")
+    ] = "0",
+) -> None:
+    """List or prune what frozen layers have computed: it is kept for later runs (HF_FINETUNE_CACHE says where)."""
+    from hf_finetune.features import disk
+    from hf_finetune.spec import Size, parse_size
+
+    if action not in ("list", "prune"):
+        raise UserError(
+            f"cache: '{action}' is neither list nor prune.{did_you_mean(action, ('list', 'prune'))}"
+        )
+    try:
+        left = 0 if keep == "0" else parse_size(keep).bytes
+    except ValueError as error:
+        raise UserError(f"--keep: {error}.") from None
+    shown = disk.kept() if action == "list" else disk.prune(left)
+    for each in shown:
+        typer.echo(f"{each.folder.name[:12]}  {Size(each.size)!s:>9}  {each.rows:>9,} rows  {each.what}")
+    verb = "kept" if action == "list" else "removed"
+    typer.echo(f"{len(shown)} {verb}, {Size(sum(each.size for each in shown))}, in {disk.features_folder()}")
+
+
+@app.command()
 def compare(
     arms: Annotated[list[str], typer.Argument(metavar="RECIPE...|RUN... [KEY=VALUE]...")],
     output: Annotated[Path | None, typer.Option(help="Folder for the runs and compare.png.")] = None,

@@ -50,11 +50,13 @@ def evaluate(
     metrics: Sequence[str],
     accelerator: Accelerator,
     *,
+    forward: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor] = forward,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Return loss and metrics of `model` over this process's share of a split, gathered over all processes.
 
-    The loss is the plain mean over samples: no class weights, no label smoothing.
+    The loss is the plain mean over samples: no class weights, no label smoothing. `forward` runs the model on a batch's
+    inputs.
     """
     was_training = model.training
     model.eval()

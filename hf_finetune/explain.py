@@ -10,18 +10,20 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch.utils.data import DataLoader
+from torch import nn
 
 from hf_finetune.augment.grid import save_augment_grid
-from hf_finetune.data.loaders import EvalSet, TrainSet, iterate_batches
+from hf_finetune.data.loaders import Batch, iterate_batches
 from hf_finetune.evaluation import evaluate, to_device
-from hf_finetune.freeze import FreezeScope
-from hf_finetune.models.load import forward, module_groups
+from hf_finetune.features.compute import run_prefix
+from hf_finetune.features.feed import Feed
+from hf_finetune.features.plan import Plan
+from hf_finetune.freeze import FreezeScope, fingerprints, frozen_tensors
 from hf_finetune.optim import build_optimizer
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import Recipe
 from hf_finetune.report.tables import Table, layer_table, phase_table, print_table, short_count, target_table
-from hf_finetune.setup import Setup, build_loaders, prepare, process_state
+from hf_finetune.setup import Setup, prepare, process_state
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.timeline import phase_end
 
@@ -52,16 +54,14 @@ def explain_recipe(recipe: Recipe, folder: Path) -> None:
         f"{short_count(setup.trainable_size)} of {short_count(setup.total_size)} parameters train "
         f"({100 * setup.trainable_size / setup.total_size:.3g} %)"
     )
-    loader, validation = build_loaders(setup, accelerator)
-    for split, samples in (("train", loader.dataset), ("validation", validation.dataset)):
-        assert isinstance(samples, EvalSet)
+    feed = Feed(setup, accelerator, setup.backbone.model.to(accelerator.device))
+    for split, samples in (("train", feed.train), ("validation", feed.validation)):
         for note in samples.notes:
             _say(f"note: {split}: {note}")
-    _print_cost(setup, accelerator, steps, loader, validation)
+    _print_cost(setup, accelerator, steps, feed)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "augment.png"
-    assert isinstance(loader.dataset, TrainSet)
-    save_augment_grid(loader.dataset, path)
+    save_augment_grid(feed.train, path)
     _say(f"what the model receives: {path}")
 
 
@@ -120,38 +120,50 @@ def _phase_steps(setup: Setup) -> list[int]:
     return steps
 
 
-def _print_cost(
-    setup: Setup, accelerator: Accelerator, steps: list[int], loader: DataLoader, validation: DataLoader
-) -> None:
-    """Time one optimizer step of each phase on a real batch, and one evaluation batch; print what the run will take."""
-    recipe, device, labels = setup.recipe, accelerator.device, setup.splits.labels
-    model = setup.backbone.model.to(device)
+def _print_cost(setup: Setup, accelerator: Accelerator, steps: list[int], feed: Feed) -> None:
+    """Time a step of each phase and an evaluation on real batches; print what the run will take."""
+    recipe, device, labels, timeline = setup.recipe, accelerator.device, setup.splits.labels, setup.timeline
+    model = feed.model
     began = time.monotonic()
-    micro_batches = next(iterate_batches(loader, 0))
+    micro_batches = next(iterate_batches(feed.plain.train, 0))
     loading = time.monotonic() - began
-    scope, homes = FreezeScope(model), module_groups(model, setup.backbone.anatomy)
+    held_out = next(iter(feed.plain.validation))
+    scope = FreezeScope(model)
     optimizer = build_optimizer(recipe.optimizer, setup.groups, dict(model.named_parameters()))
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the measurement leaves the weights where they are
-    rows, training = [], 0.0
-    for number, (plan, count) in enumerate(zip(setup.plans, steps, strict=True), 1):
-        scope.apply(plan, setup.backbone.anatomy, homes)
-        seconds = []
-        for _ in range(3 if number == 1 else 2):  # the first one pays for warming up
+    rows, notes = [], []
+    training = measuring = computing = 0.0
+    for number, (plan, count) in enumerate(zip(setup.plans, steps, strict=True)):
+        scope.apply(plan, setup.backbone.anatomy, feed.homes)
+        once = feed.plan(number, fingerprints(frozen_tensors(model, plan)), model)
+        notes.append(f"{plan.name}: {once}")
+        batches, taken = _stand_ins(once, "train", micro_batches, model, accelerator)
+        (measured,), also = _stand_ins(once, "validation", [held_out], model, accelerator)
+        if feed.starts_pass(number):
+            computing += (taken + also) / accelerator.num_processes
+        run = once.forward
+        seconds, evaluating = [], []
+        for _ in range(3 if number == 0 else 2):  # the first one pays for warming up
             began = time.monotonic()
-            for batch in micro_batches:
+            for batch in batches:
                 with accelerator.autocast():
-                    logits = forward(model, to_device(batch["inputs"], device))
+                    logits = run(model, to_device(batch["inputs"], device))
                 sample_losses(labels.kind, logits, batch["labels"].to(device)).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds.append(time.monotonic() - began)
+            began = time.monotonic()
+            evaluate(model, [measured], labels, [], accelerator, forward=run)
+            evaluating.append(time.monotonic() - began)
         training += min(seconds) * count
+        share = len(setup.splits.validation) / len(held_out["indices"]) / accelerator.num_processes
+        measuring += min(evaluating) * share * count / timeline.evaluate_every
         rows.append(
             [
-                number,
+                number + 1,
                 plan.name,
                 f"{min(seconds):.3g} s",
                 f"{min(seconds) * count:.3g} s",
@@ -161,19 +173,36 @@ def _print_cost(
     _show(
         Table("Cost on this machine", ["phase", "trains", "per step", "in all", "peak memory so far"], rows)
     )
-    first = [next(iter(validation))]
-    evaluate(model, first, labels, [], accelerator)
-    began = time.monotonic()
-    evaluate(model, first, labels, [], accelerator)
-    per_row = (time.monotonic() - began) / len(first[0]["indices"])
-    evaluations = -(-setup.timeline.total_steps // setup.timeline.evaluate_every)
-    measuring = per_row * len(setup.splits.validation) * evaluations / accelerator.num_processes
-    total = training + measuring
+    for note in notes:
+        _say(f"frozen layers: {note}")
+    total = training + measuring + computing
     _say(
-        f"{setup.timeline.total_steps} steps, {setup.timeline.steps_per_epoch} per epoch, {evaluations} evaluations: "
-        f"about {total:.0f} s ({training:.0f} s training, {measuring:.0f} s measuring); "
+        f"{timeline.total_steps} steps, {timeline.steps_per_epoch} per epoch, "
+        f"{-(-timeline.total_steps // timeline.evaluate_every)} evaluations: about {total:.0f} s ({training:.0f} s "
+        f"training, {measuring:.0f} s measuring, {computing:.0f} s computing frozen layers once); "
         f"the first batch loaded in {loading:.2g} s"
     )
+
+
+def _stand_ins(
+    once: Plan, split: str, batches: list[Batch], model: nn.Module, accelerator: Accelerator
+) -> tuple[list[Batch], float]:
+    """Return batches with features in place of samples where a split has them, and the seconds all its rows take."""
+    want = once.wants.get(split)
+    if want is None:
+        return batches, 0.0
+    began = time.monotonic()
+    found = [run_prefix([want], batch, model, accelerator)[0] for batch in batches]
+    per_row = (time.monotonic() - began) / sum(len(batch["indices"]) for batch in batches)
+    given = [
+        {name: tensor for name, tensor in batch["inputs"].items() if name != "pixel_values"}
+        for batch in batches
+    ]
+    replaced = [
+        {**batch, "inputs": texts | features}
+        for batch, texts, features in zip(batches, given, found, strict=True)
+    ]
+    return replaced, per_row * want.rows
 
 
 def _peak_gb(device: torch.device) -> float:

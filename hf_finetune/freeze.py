@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -42,16 +43,36 @@ class FreezeScope:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in plan.multiples)
             parameter.grad = None
-        awake = {parameter.group for parameter in anatomy.parameters if parameter.name in plan.multiples}
-        self.asleep = []
-        for name, module in self.model.named_modules():
-            sleeps = name in module_groups and module_groups[name] not in awake
-            if isinstance(module, _BatchNorm) and plan.batch_norm != "train":
-                sleeps = plan.batch_norm == "frozen"
-            if sleeps:
-                self.asleep.append(module)
+        modules = dict(self.model.named_modules())
+        self.asleep = [modules[name] for name in sleeping_modules(self.model, plan, anatomy, module_groups)]
         self.model.train()
         self.enforce()
+
+
+def sleeping_modules(
+    model: nn.Module, plan: PhasePlan, anatomy: Anatomy, module_groups: dict[str, str]
+) -> list[str]:
+    """Return the names of the modules that a phase keeps in eval mode: no layer group in them learns."""
+    awake = {parameter.group for parameter in anatomy.parameters if parameter.name in plan.multiples}
+    stirring = {
+        outer for name, group in module_groups.items() if group in awake for outer in _with_outer(name)
+    }
+    found = []
+    for name, module in model.named_modules():
+        sleeps = bool(name) and name not in stirring
+        if isinstance(module, _BatchNorm) and plan.batch_norm != "train":
+            sleeps = plan.batch_norm == "frozen"
+        if sleeps:
+            found.append(name)
+    return found
+
+
+def _with_outer(name: str) -> Iterator[str]:
+    """Yield a module's name and those of the modules around it."""
+    yield name
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def frozen_tensors(model: nn.Module, plan: PhasePlan) -> dict[str, torch.Tensor]:

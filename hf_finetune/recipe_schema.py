@@ -21,7 +21,7 @@ from hf_finetune.errors import nearest
 from hf_finetune.foreign_names import ALIASES, DERIVED, RENAMED
 from hf_finetune.recipe_errors import Problem
 from hf_finetune.recipe_spec import OneOf, Recipe
-from hf_finetune.spec import Duration, Rate, Spec
+from hf_finetune.spec import Duration, Rate, Size, Spec
 from hf_finetune.strategies.phase import SELECTORS, Phase
 from hf_finetune.strategies.surgical import Surgical
 from hf_finetune.yaml_source import Node, plain, read_yaml, to_yaml
@@ -48,6 +48,7 @@ _TYPES: dict[Any, tuple[str, ...]] = {
     bool: ("true", "false"),
     Duration: ("N epochs", "N steps", "N%"),
     Rate: ("a number of at least 0 (3e-4)", "a multiple of the base rate (0.1x)"),
+    Size: ("a size (8GB)",),
 }
 
 

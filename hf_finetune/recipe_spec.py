@@ -11,6 +11,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from hf_finetune.augment.spec import AUGMENTATIONS, AugmentationSpec, Preset
 from hf_finetune.data.spec import DataSpec
+from hf_finetune.features.spec import CacheSpec
 from hf_finetune.hub.spec import HubSpec
 from hf_finetune.models.spec import BackboneSpec
 from hf_finetune.monitor import MonitorSpec
@@ -146,6 +147,9 @@ class Recipe(Spec):
     """The rate over time."""
     training: TrainingSpec = TrainingSpec()
     """Length, batches, precision."""
+    cache: Literal["auto", "off"] | CacheSpec = "auto"
+    """What frozen layers compute is computed once and kept on disk, for this run and later ones; auto = where every
+    epoch shows the same views and it fits; `off` = computed anew in every epoch."""
     monitor: MonitorSpec = MonitorSpec()
     """What is measured and what follows from it."""
     trackers: list[str] = []

@@ -167,6 +167,12 @@ class Record:
             self.accelerator.log({f"{split}/loss": result.loss} | values, step=step)
 
     @by_main
+    def log_features(self, phase: int, note: str) -> None:
+        """Note in run.json what frozen layers compute once in a phase, or why they do not."""
+        notes = read_status(self.path).get("features", {})
+        self._folder.write_status(features=notes | {f"{phase + 1} {self.setup.plans[phase].name}": note})
+
+    @by_main
     def keep(self, model: nn.Module, best: Best, result: Evaluation) -> None:
         """Write the model as the run's best so far, and its answers on the validation set."""
         monitor = self.setup.recipe.monitor

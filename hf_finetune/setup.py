@@ -22,6 +22,7 @@ from hf_finetune.data.splits import Splits, load_splits
 from hf_finetune.data.targets import class_weights
 from hf_finetune.defaults import Choice, resolve
 from hf_finetune.errors import RecipeError, UserError
+from hf_finetune.features.spec import CacheSpec
 from hf_finetune.models.load import Backbone, ImageInput, checkpoint_gradients, load_backbone
 from hf_finetune.optim import ParamGroup, build_optimizer, group_parameters
 from hf_finetune.precision import resolve_precision
@@ -133,9 +134,14 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         if each.startswith(EVALUATE_PREFIX):
             load_from_evaluate(each.removeprefix(EVALUATE_PREFIX), splits.labels.kind)
     mode = recipe.monitor.mode if recipe.monitor.mode != "auto" else metric_mode(metric)
+    cache = recipe.cache
+    if cache == "auto":
+        cache, why = CacheSpec(), "frozen layers run once for each view that comes again, where that fits"
+        choices.append(Choice("cache", f"up to {cache.budget}", why))
     recipe = recipe.model_copy(
         update={
             "task": task,
+            "cache": cache,
             "augment": augment,
             "data": recipe.data.model_copy(update={"workers": workers}),
             "training": recipe.training.model_copy(update={"precision": precision}),
@@ -233,8 +239,8 @@ def _micro_batch_size(recipe: Recipe, world_size: int) -> int:
     return size
 
 
-def build_loaders(setup: Setup, accelerator: Accelerator) -> tuple[DataLoader, DataLoader]:
-    """Return the loaders of this process's share of train and validation."""
+def build_sets(setup: Setup) -> tuple[TrainSet, EvalSet]:
+    """Return train and validation as the model reads them."""
     recipe, splits, model_input = setup.recipe, setup.splits, setup.backbone.input
     max_length = recipe.data.max_length
     train = TrainSet(
@@ -245,18 +251,27 @@ def build_loaders(setup: Setup, accelerator: Accelerator) -> tuple[DataLoader, D
         seed=recipe.training.seed,
         max_length=max_length,
     )
-    validation = EvalSet(splits.validation, splits.labels, model_input, max_length=max_length)
-    common: dict[str, Any] = {
-        "rank": accelerator.process_index,
-        "world": accelerator.num_processes,
-        "pin_memory": accelerator.device.type == "cuda",
-        "workers": int(recipe.data.workers),
-    }
+    return train, EvalSet(splits.validation, splits.labels, model_input, max_length=max_length)
+
+
+def build_loaders(
+    setup: Setup, accelerator: Accelerator, sets: tuple[TrainSet, EvalSet] | None = None
+) -> tuple[DataLoader, DataLoader]:
+    """Return the loaders of this process's share of train and validation."""
+    train, validation = sets or build_sets(setup)
+    size, micro = setup.recipe.training.batch_size, setup.micro_batch_size
+
+    def common(data: EvalSet) -> dict[str, Any]:
+        return {
+            "rank": accelerator.process_index,
+            "world": accelerator.num_processes,
+            "pin_memory": accelerator.device.type == "cuda",
+            "workers": 0 if data.features else int(setup.recipe.data.workers),  # features lie in memory
+        }
+
     return (
-        train_loader(
-            train, batch_size=recipe.training.batch_size, micro_batch_size=setup.micro_batch_size, **common
-        ),
-        eval_loader(validation, batch_size=max(32, setup.micro_batch_size), **common),
+        train_loader(train, batch_size=size, micro_batch_size=micro, **common(train)),
+        eval_loader(validation, batch_size=max(32, micro), **common(validation)),
     )
 
 

@@ -116,9 +116,35 @@ def parse_rate(value: Any) -> Rate:
     return Rate(float(match[1]), relative=True)
 
 
+@dataclass(frozen=True)
+class Size:
+    """A number of bytes, written with its unit: `8GB`."""
+
+    bytes: int
+
+    def __str__(self) -> str:
+        unit = next(unit for unit in reversed(_UNITS) if self.bytes >= _UNITS[unit] or unit == "B")
+        return f"{self.bytes / _UNITS[unit]:.4g}{unit}"
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?B)\s*$", re.IGNORECASE)
+
+
+def parse_size(value: Any) -> Size:
+    """Read a number of bytes; raises ValueError that names the units allowed."""
+    if isinstance(value, Size):
+        return value
+    match = _SIZE.match(value) if isinstance(value, str) else None
+    if match is None or not float(match[1]):
+        raise ValueError(f"a size is a number above 0 and its unit ({', '.join(_UNITS)}), such as 8GB")
+    return Size(int(float(match[1]) * _UNITS[match[2].upper()]))
+
+
 def _plain_rate(rate: Rate) -> str | float:
     return str(rate) if rate.relative else rate.value
 
 
 DurationField = Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(str)]
 RateField = Annotated[Rate, BeforeValidator(parse_rate), PlainSerializer(_plain_rate)]
+SizeField = Annotated[Size, BeforeValidator(parse_size), PlainSerializer(str)]

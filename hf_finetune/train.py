@@ -18,8 +18,8 @@ from hf_finetune.data.loaders import iterate_batches
 from hf_finetune.data.targets import soft_targets
 from hf_finetune.errors import Interrupted
 from hf_finetune.evaluation import evaluate, to_device
+from hf_finetune.features.feed import Feed
 from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_tensors
-from hf_finetune.models.load import forward, module_groups
 from hf_finetune.monitor import Watch
 from hf_finetune.optim import build_optimizer, set_rates
 from hf_finetune.position import Position, restore, store
@@ -28,7 +28,7 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.record import Record, Status, start_accelerator
 from hf_finetune.runfolder import Run, load_run
 from hf_finetune.schedule import ReduceOnPlateau
-from hf_finetune.setup import Setup, build_loaders, prepare, process_state
+from hf_finetune.setup import Setup, prepare, process_state
 from hf_finetune.stopping import asked_to_stop, named_failures, non_finite, watched_signals
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.timeline import phase_end, rate_multiple
@@ -108,7 +108,7 @@ def _train(
     model = setup.backbone.model.to(device)
     if splits.modality == "image":
         model = model.to(memory_format=torch.channels_last)
-    groups_of_modules = module_groups(model, setup.backbone.anatomy)
+    feed = Feed(setup, accelerator, model)
     scope, adapter = FreezeScope(model), setup.backbone.adapter
     if adapter:
         adapter.straighten()
@@ -117,7 +117,6 @@ def _train(
     ema = ModelEmaV3(model, decay=float(training.ema.decay)) if training.ema else None
     measured = ema.module if ema else model
 
-    loader, validation = build_loaders(setup, accelerator)
     mixing = mixers(setup.augmentations)
     class_weight = torch.tensor(setup.class_weights, device=device) if setup.class_weights else None
 
@@ -135,8 +134,8 @@ def _train(
         keep = training.checkpoint.keep if training.checkpoint else 1
         store(record.path, at, watch, model, optimizer, ema, setup, accelerator, keep=keep)
 
-    def while_evaluating() -> None:
-        progress.doing("evaluating")
+    def while_busy(what: str) -> None:
+        progress.doing(what)
         if world == 1 and signals:  # several processes must come to the same end: they stop after it
             raise Interrupted(f"stopped by {signals[0]}")
 
@@ -154,14 +153,22 @@ def _train(
             if entered >= 0:
                 together(partial(check_frozen, model, setup.plans[entered], still))
             entered, plan = at.phase, setup.plans[at.phase]
-            scope.apply(plan, setup.backbone.anatomy, groups_of_modules)
+            scope.apply(plan, setup.backbone.anatomy, feed.homes)
             still = fingerprints(frozen_tensors(model, plan))
-            wrapped = _wrap(accelerator, model)
+            entering = time.monotonic()
+            try:  # what is frozen is computed once
+                source = feed.enter(at.phase, still, measured, on_batch=while_busy, say=progress.say)
+            except Interrupted as stopped:
+                save()
+                return "interrupted", str(stopped)
+            record.log_features(at.phase, source.note)
+            wrapped, batches = _wrap(accelerator, model), None
+            clock += time.monotonic() - entering  # that does not count as training time
 
         if not at.due:
             epoch, batch_index = divmod(at.step, timeline.steps_per_epoch)
             if batches is None or batch_index == 0:
-                batches = iterate_batches(loader, epoch, batch_index)
+                batches = iterate_batches(source.train, epoch, batch_index)
             multiple = at.reduction * rate_multiple(recipe, timeline, at.step, at.phase_start, at.phase_end)
             rates = set_rates(
                 optimizer.optimizer, setup.groups, phase=at.phase, base_lr=base_lr, multiple=multiple
@@ -183,7 +190,7 @@ def _train(
                     )
                 with nullcontext() if number == len(micro_batches) else accelerator.no_sync(wrapped):
                     with accelerator.autocast():
-                        logits = forward(wrapped, inputs)
+                        logits = source.forward(wrapped, inputs)
                     losses = sample_losses(
                         kind,
                         logits,
@@ -235,11 +242,12 @@ def _train(
             try:
                 result = evaluate(
                     measured,
-                    validation,
+                    source.validation,
                     splits.labels,
                     record.metrics,
                     accelerator,
-                    on_batch=while_evaluating,
+                    forward=source.forward,
+                    on_batch=lambda: while_busy("evaluating"),
                 )
             except Interrupted as stopped:  # the evaluation stays due
                 save()

@@ -252,8 +252,28 @@ BROKEN = [
         recipe.yaml:2: trainning
           unknown key, given {epochs: 3}
           did you mean 'training'?
-          allowed: extends, task, backbone, data, augment, strategy, optimizer, schedule, training, monitor, trackers, output, hub
+          allowed: extends, task, backbone, data, augment, strategy, optimizer, schedule, training, cache, monitor, trackers, output, hub
         1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "a cache without a size",
+        """
+        strategy: frozen
+        cache: {views: 0, budget: 8, dtype: int8, place: /tmp}
+        """,
+        """
+        recipe.yaml:2: cache.views
+          given 0; allowed: null or a whole number of at least 1
+        recipe.yaml:2: cache.budget
+          given 8; allowed: a size (8GB)
+          a size is a number above 0 and its unit (B, KB, MB, GB, TB), such as 8GB
+        recipe.yaml:2: cache.dtype
+          given int8; allowed: fp32, fp16, bf16 or null
+        recipe.yaml:2: cache.place
+          unknown key, given /tmp
+          allowed: views, budget, dtype
+        4 problems in recipe.yaml
         """,
     ),
     Broken(
@@ -1605,7 +1625,7 @@ BROKEN = [
         command line: trainning
           unknown key, given {epochs: 3}
           did you mean 'training'?
-          allowed: extends, task, backbone, data, augment, strategy, optimizer, schedule, training, monitor, trackers, output, hub
+          allowed: extends, task, backbone, data, augment, strategy, optimizer, schedule, training, cache, monitor, trackers, output, hub
         4 problems in recipe.yaml
         """,
         overrides=("epochs=3", "trainning.epochs=3", "~training.epoch", "data.path.train=x"),

@@ -20,6 +20,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # what tests write as csv would otherwise pile up in the user's cache
 _CACHE = tempfile.TemporaryDirectory()
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+os.environ.setdefault("HF_FINETUNE_CACHE", _CACHE.name)  # processes that tests start share it
 
 _SHARED = Path(os.environ.get("HF_FINETUNE_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

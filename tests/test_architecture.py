@@ -21,12 +21,12 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("ground: errors, the base of all specs", {"durable", "errors", "spec"}),
     (
         "specs: what a part is told, and tables of names",
-        {"augment.spec", "data.spec", "data.labels", "hub.spec", "models.spec", "models.anatomy", "monitor", "optim", "schedule",
+        {"augment.spec", "data.spec", "data.labels", "features.disk", "features.spec", "hub.spec", "models.spec", "models.anatomy", "monitor", "optim", "schedule",
          "shipped", "strategies", "tasks"},
     ),
     (
         "parts: each knows its own spec, none knows the recipe",
-        {"augment", "data", "models", "tasks.loss", "emissions", "evaluation", "freeze", "hub.fetch", "progress", "report", "runfolder"},
+        {"augment", "data", "models", "tasks.loss", "emissions", "evaluation", "features", "freeze", "hub.fetch", "progress", "report", "runfolder"},
     ),
     (
         "recipe: the specs composed, read, checked and written",
@@ -36,7 +36,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("plan: a recipe on one backbone, one data set, one machine", {"defaults", "precision", "timeline", "setup"}),
     (
         "run: the loop and what it leaves behind",
-        {"checkpoint", "hub", "position", "record", "resume", "runlock", "stopping", "together", "train", "trained"},
+        {"checkpoint", "features.feed", "hub", "position", "record", "resume", "runlock", "stopping", "together", "train", "trained"},
     ),
     ("entries: what people call", {"", "cli", "compare", "explain", "export", "inference"}),
 ]  # fmt: skip
@@ -58,7 +58,7 @@ HEAVY = [
 LIGHT = [
     "", "cli", "errors", "spec", "monitor", "schedule", "optim", "runfolder", "timeline", "defaults",
     "recipe", "recipe_spec", "recipe_schema", "recipe_errors", "yaml_source", "checks",
-    "augment.spec", "augment.presets", "hub.fetch", "hub.fresh", "hub.spec", "hub.reader", "data.spec", "data.labels", "data.report", "models.spec", "models.anatomy",
+    "augment.spec", "augment.presets", "features.disk", "features.spec", "hub.fetch", "hub.fresh", "hub.spec", "hub.reader", "data.spec", "data.labels", "data.report", "models.spec", "models.anatomy",
     "shipped", "strategies", "tasks", "tasks.metrics",
 ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset as Rows
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_finetune.augment.batch import mixers
@@ -31,7 +32,7 @@ from hf_finetune.data.labels import Labels
 from hf_finetune.data.order import epoch_batches as epoch_batches
 from hf_finetune.data.order import share as share
 from hf_finetune.data.tokens import Tokens, encode
-from hf_finetune.models.backbone import ImageInput, TextInput
+from hf_finetune.models.backbone import FEATURES, ImageInput, TextInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +42,8 @@ Sample = dict[str, Any]
 Batch = dict[str, Any]
 Key = tuple[int, int] | tuple[int, int, float]
 """(epoch, index) of a sample, maybe with its weight."""
+Features = Callable[[int], dict[str, Tensor]]
+"""Row of a set (or view times its size, plus row) -> what a frozen prefix made of it: for pixels, or beside tokens."""
 
 
 class EvalSet(Dataset):
@@ -62,6 +65,7 @@ class EvalSet(Dataset):
             texts = [column_values(rows, name) for name in ("text", "text_pair") if name in rows.column_names]
             self.tokens = Tokens(texts, model_input, max_length)
         self.targets = targets_of(rows, labels)
+        self.features: Features | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,9 +87,10 @@ class EvalSet(Dataset):
 
     def inputs(self, index: int) -> Sample:
         """Return the model's inputs for one row, unpadded."""
+        stored = self.features(index) if self.features else {}
         if self.tokens is not None:
-            return self.tokens[index]
-        return {"pixel_values": self.transform(self.rows[index]["image"])}
+            return self.tokens[index] | stored
+        return stored or {"pixel_values": self.transform(self.rows[index]["image"])}
 
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index, self.inputs(index))
@@ -116,6 +121,8 @@ class TrainSet(EvalSet):
         check_modality(augmentations, "image" if isinstance(model_input, ImageInput) else "text")
         super().__init__(rows, labels, model_input, max_length=max_length)
         self.augmentations, self.seed = list(augmentations), seed
+        self.views: int | None = None
+        """Views of each row that `features` holds."""
         if isinstance(model_input, ImageInput):
             self.transform = build_train_transform(self.augmentations, model_input)
 
@@ -125,6 +132,15 @@ class TrainSet(EvalSet):
 
     def view(self, epoch: int, index: int) -> Sample:
         """Return the model's inputs for one row as this epoch shows it."""
+        if self.features and self.views:
+            epoch %= self.views
+        stored = self.features(epoch * len(self) + index) if self.features else {}
+        if stored and self.tokens is None:
+            return stored
+        return self.read(epoch, index) | stored
+
+    def read(self, epoch: int, index: int) -> Sample:
+        """Return a view of a row itself, whatever `features` holds."""
         if self.tokens is None:
             image = self.rows[index]["image"]
             with sample_rng(self.seed, epoch, index):
@@ -156,9 +172,13 @@ def collate(samples: Sequence[Sample], *, tokenizer: PreTrainedTokenizerBase | N
     """Return the batch of `samples`; texts are padded to the longest of them."""
     inputs = [sample["inputs"] for sample in samples]
     if tokenizer is None:
-        batched = {"pixel_values": torch.stack([each["pixel_values"] for each in inputs])}
+        batched = {name: torch.stack([each[name] for each in inputs]) for name in inputs[0]}
     else:
-        batched = dict(tokenizer.pad(inputs, return_tensors="pt"))
+        stored = {name: [each[name] for each in inputs] for name in inputs[0] if name.startswith(FEATURES)}
+        tokens = [{name: each[name] for name in each if name not in stored} for each in inputs]
+        batched = dict(tokenizer.pad(tokens, return_tensors="pt"))
+        side = tokenizer.padding_side
+        batched |= {name: pad_sequence(rows, True, padding_side=side) for name, rows in stored.items()}
     batch: Batch = {
         "inputs": batched,
         "weights": torch.tensor([sample["weight"] for sample in samples]),
@@ -251,6 +271,13 @@ def eval_loader(
         ]  # longest first: memory runs out early or never
     batches = [mine[start : start + batch_size].tolist() for start in range(0, len(mine), batch_size)]
     return DataLoader(dataset, batch_sampler=batches, **_options(dataset, workers, pin_memory))
+
+
+def loader_over(dataset: EvalSet, batches: Sequence[list[Any]], *, workers: int) -> DataLoader:
+    """Return a loader of the batches of these keys, in this order."""
+    return DataLoader(
+        dataset, batch_sampler=batches, **_options(dataset, workers, False) | {"persistent_workers": False}
+    )
 
 
 def _options(dataset: EvalSet, workers: int, pin_memory: bool) -> dict[str, Any]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Library = Literal["timm", "transformers"]
 Modality = Literal["image", "text"]
+FEATURES = "features."
+"""What the names of a frozen prefix's stored outputs begin with, among a model's inputs."""
 
 
 @dataclass(frozen=True)

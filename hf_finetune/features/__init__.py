@@ -1,0 +1,1 @@
+"""What is frozen is computed once: outputs of a network's frozen prefix, kept on disk and trained on."""
