@@ -91,7 +91,7 @@ def open_features(key: str) -> Stored | None:
     folder = features_folder() / key
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if folder.is_dir():  # renamed as a whole, so somebody took it apart
             raise StoreError(f"{folder}: {MANIFEST} is missing") from None
         return None
