@@ -261,10 +261,6 @@ def run_recipe(
         loaded = load_recipe(recipe, overrides)
     if output is not None:
         loaded = loaded.model_copy(update={"output": output})
-    if loaded.hub is not None and _rank() == 0:
-        from hf_finetune.hub.push import Order, check_rights
-
-        check_rights(Order(loaded.hub.repo_id, loaded.hub.private), training=True)
     if loaded.training.reload_check and _rank() == 0:
         from hf_finetune.hub.fresh import warm_up
 
@@ -282,12 +278,6 @@ def run_recipe(
             else "nothing measured"
         )
         typer.echo(f"done: {found}; {run.status['why']}; {run.path}")
-    if loaded.hub is not None and _rank() == 0:
-        from hf_finetune.hub.push import push_finished
-
-        address = push_finished(run, loaded.hub, say=(lambda text: None) if quiet else _note)
-        if not quiet:
-            typer.echo(f"pushed: {address}")
 
 
 def main(arguments: list[str] | None = None, *, command: Any = None) -> None:

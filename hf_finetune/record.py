@@ -24,7 +24,7 @@ from hf_finetune.evaluation import Evaluation
 from hf_finetune.freeze import weights_fingerprint
 from hf_finetune.hub.artefact import describe, write_artefact
 from hf_finetune.hub.fresh import warm_up
-from hf_finetune.hub.push import push_best
+from hf_finetune.hub.push import Order, check_rights, push_best, push_finished
 from hf_finetune.hub.reload import (
     EXPECTED,
     Samples,
@@ -67,6 +67,8 @@ class Record:
     """What the run had taken when it was interrupted."""
     accelerator: Accelerator | None = None
     """Set once trackers are running."""
+    say: Callable[[str], None] = lambda text: None
+    """Told what the user should know."""
     locks: list[RunLock] = field(default_factory=list)
     """What keeps other processes from the folder; held by the main process."""
     _stop_metering: Callable[[], Emissions | None] | None = None
@@ -86,10 +88,13 @@ class Record:
         """Claim the run folder, or with `resume` take over the run in it; every process learns what was found.
 
         Raises:
+            HubError: the recipe's `hub` may not be written to.
             UserError: the folder holds another run, or one that `setup` would not continue as it began.
             FinetuneError: none of the run's checkpoints is valid.
         """
         locks: list[RunLock] = []
+        if hub := setup.recipe.hub:
+            together(lambda: check_rights(Order(hub.repo_id, hub.private), training=True), main_only=True)
 
         def claim() -> tuple[Path, Resumed | None]:
             folder = find_run(setup, name) if resume else None
@@ -107,7 +112,7 @@ class Record:
             for lock in locks:
                 lock.release()
             raise
-        record = cls(path, setup, state.is_main_process, started, locks=locks)
+        record = cls(path, setup, state.is_main_process, started, locks=locks, say=say)
         if taken is not None:
             record.finished, record.checkpoint, record.earlier_seconds = (
                 taken.finished,
@@ -116,6 +121,8 @@ class Record:
             )
         if record.finished:
             record._unlock()
+            say(f"nothing to do: the run in {path} is done and the recipe asks for no more steps")
+            record.push()
         else:
             record._begin(state)
         return record
@@ -242,12 +249,24 @@ class Record:
             raise
         else:
             together(self._close, main_only=True)
+            self.push()
         finally:
             self._unlock()
             if self.accelerator is not None:
                 # `end_training` would end the other processes' group as well.
                 for tracker in accelerator.trackers:
                     tracker.finish()
+
+    @by_main
+    def push(self) -> None:
+        """Push the model of a run that is done to where its recipe says.
+
+        Raises:
+            HubError: it failed; the run is done all the same.
+        """
+        run, hub = load_run(self.path), self.setup.recipe.hub
+        if hub is not None and run.status["status"] == "done":
+            self.say(f"pushed: {push_finished(run, hub, say=self.say)}")
 
     def _close(self) -> None:
         shutil.rmtree(self.path / ".model.new", ignore_errors=True)  # stopped while writing

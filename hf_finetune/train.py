@@ -58,6 +58,7 @@ def finetune(
     Raises:
         UserError: recipe, data or backbone are wrong, or differ from those of the run to resume.
         TrainingError: the loss became non-finite, a frozen tensor moved, or memory ran out.
+        HubError: the recipe's `hub` may not be written to, or a run that is done could not be pushed.
         Interrupted: SIGINT, SIGTERM or `training.max_hours`; the run can be resumed.
     """
     started = time.monotonic()
@@ -73,7 +74,6 @@ def finetune(
         setup, state, name=name, started=started, resume=resume, allow_changes=allow_changes, say=progress.say
     )
     if record.finished:
-        progress.say(f"nothing to do: the run in {record.path} is done and the recipe asks for no more steps")
         return load_run(record.path)
     accelerator = start_accelerator(setup, record)
     share = 100 * setup.trainable_size / setup.total_size
