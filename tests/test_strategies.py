@@ -274,7 +274,7 @@ def test_no_train_call_wakes_what_is_frozen(
 def test_dropout_is_on_where_layers_learn_and_off_elsewhere(
     strategy: Any, stem_drops: bool, head_drops: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hf_finetune.train as loop
+    import hf_finetune.features.feed as feed
 
     seen: list[tuple[bool, bool]] = []
 
@@ -283,8 +283,8 @@ def test_dropout_is_on_where_layers_learn_and_off_elsewhere(
         seen.append((model.bert.embeddings.dropout.training, model.dropout.training))
         return logits
 
-    monkeypatch.setattr(loop, "forward", spy)
-    runs.run("bert", tmp_path / "run", strategy=strategy, training={"steps": 2})
+    monkeypatch.setattr(feed, "forward", spy)
+    runs.run("bert", tmp_path / "run", strategy=strategy, training={"steps": 2}, cache="off")
     assert seen[0] == (stem_drops, head_drops)
 
 
@@ -294,16 +294,16 @@ def test_dropout_is_on_where_layers_learn_and_off_elsewhere(
 def test_a_frozen_tensor_that_moves_stops_the_run(
     tensor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hf_finetune.train as loop
+    import hf_finetune.features.feed as feed
 
     def corrupting(model: nn.Module, inputs: Any) -> torch.Tensor:
         with torch.no_grad():
             model.state_dict()[tensor].add_(1)
         return forward(model, inputs)
 
-    monkeypatch.setattr(loop, "forward", corrupting)
+    monkeypatch.setattr(feed, "forward", corrupting)
     with pytest.raises(TrainingError, match=f"phase 'head': 1 frozen tensors moved, first of all {tensor}"):
-        runs.run("resnet", tmp_path / "run", strategy="frozen")
+        runs.run("resnet", tmp_path / "run", strategy="frozen", cache="off")
     assert load_status(tmp_path / "run")["status"] == "failed"
 
 

@@ -42,7 +42,7 @@ class Source:
 
     train: DataLoader
     validation: DataLoader
-    forward: Callable[[nn.Module, Inputs], Tensor] = forward
+    forward: Callable[[nn.Module, Inputs], Tensor]
     note: str = ""
     """What is computed once, in words, and why no more."""
 
@@ -54,7 +54,7 @@ class Feed:
         self.setup, self.accelerator, self.model = setup, accelerator, model
         self.homes = module_groups(model, setup.backbone.anatomy)
         self.train, self.validation = build_sets(setup)
-        self.plain = Source(*build_loaders(setup, accelerator, (self.train, self.validation)))
+        self.plain = Source(*build_loaders(setup, accelerator, (self.train, self.validation)), forward)
         self._cuts: dict[int, Cut | NoCutError] = {}
         self._digests: dict[tuple[str, int], tuple[str, np.ndarray]] = {}
 
