@@ -111,6 +111,11 @@ def damage(hub: Hub, what: str) -> None:
     hub.objects[key] = hub.objects[key][:-9] + b"\0damaged\0"
 
 
+def shorten(hub: Hub, what: str) -> None:
+    key = large_file(hub, what)
+    hub.objects[key] = hub.objects[key][:-9]
+
+
 def full_disk(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -152,6 +157,9 @@ FAULTS: dict[str, tuple[str, str | None, Prepare, int, list[str]]] = {
     "too many requests": ("me/{what}", None, lambda h, w, m: h.fail("429", "/api/", times=99), 1, ["it answers 429"]),
     "no network": ("me/{what}", None, lambda h, w, m: unplug(h, m), 1, ["the Hub cannot be reached", "Check the network"]),
     "damaged on its way": ("me/{what}", None, lambda h, w, m: damage(h, w), 1, ["was damaged on its way", "it is removed. Run again"]),
+    "shortened on its way": (
+        "me/{what}", None, lambda h, w, m: shorten(h, w), 1, ["a download broke off", "Run again; whole files are kept"],
+    ),
     "disk full": (
         "me/{what}", None, lambda h, w, m: m.setattr("huggingface_hub.file_download.http_get", full_disk), 1,
         ["no space left on device", "HF_HOME"],
@@ -414,6 +422,14 @@ def test_code_from_the_hub_is_run_when_asked_at_a_commit(
             backbone("me/own", trust_remote_code=True, revision=revision)
     read = backbone("me/own", trust_remote_code=True, revision=commit)
     assert type(read.model).__name__ == "OwnModel"
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoConfig"] = "you/code--own.OwnConfig"
+    (folder / "config.json").write_text(json.dumps(config))
+    commit = hub.upload(folder, "me/own").refs["refs/heads/main"]
+    with pytest.raises(
+        ModelError, match="code of another repository, you/code, which `revision` does not pin"
+    ):
+        backbone("me/own", trust_remote_code=True, revision=commit)
 
 
 # What was trained, as the next run's backbone

@@ -184,27 +184,38 @@ def test_waiting_is_told_in_one_quiet_line(
     assert 7 in waits, "the Hub says how long"
 
 
-def test_a_branch_that_moves_on_is_looked_at_again(trained: Run, hub: Hub, token: str) -> None:
-    hub.create("me/model")
-    repo = hub.repos["model", "me/model"]
-    made = hub.commit
-
-    def between(text: str) -> Callable[..., Any]:
-        """Somebody commits just before the push does."""
-
-        def route(request: Any, path: str, body: bytes) -> Any:
-            if "/commit/" in path and request.method == "POST" and text not in repo.log("main")[0].files:
-                made(
-                    repo, repo.find("main"), repo.log("main")[0].files | {text: hub.store(b"x")}, "meanwhile"
-                )
-            return Hub._route(hub, request, path, body)
-
-        return route
-
-    hub._route = between("theirs")  # type: ignore[method-assign]
+def test_a_branch_that_moves_on_is_looked_at_again(
+    trained: Run, adapted: Run, hub: Hub, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody writes into the card just before the second push commits; it is kept."""
+    monkeypatch.setattr(push, "keep_edits", lambda new, old: f"{new}{'by hand' * old.endswith('by hand')}")
     assert call("push", str(trained.path), "me/model") == 0
-    assert without_attributes(hub.files("me/model")) == expected(trained, "me/model") | {"theirs": b"x"}
-    assert [commit.title for commit in repo.log("main")][1:] == ["meanwhile", "initial commit"]
+    repo = hub.repos["model", "me/model"]
+    card = hub.files("me/model")["README.md"] + b"by hand"
+
+    def route(request: Any, path: str, body: bytes) -> Any:
+        files = repo.log("main")[0].files
+        if "/commit/" in path and not hub.files("me/model")["README.md"].endswith(b"by hand"):
+            hub.commit(repo, repo.find("main"), files | {"README.md": hub.store(card)}, "meanwhile")
+        return Hub._route(hub, request, path, body)
+
+    monkeypatch.setattr(hub, "_route", route)
+    assert call("push", str(adapted.path), "me/model") == 0
+    whole = expected(adapted, "me/model")
+    assert without_attributes(hub.files("me/model")) == whole | {"README.md": whole["README.md"] + b"by hand"}
+    assert [commit.title for commit in repo.log("main")][1] == "meanwhile"
+    assert len(repo.log("main")) == 4
+
+
+def test_a_refusal_after_a_commit_without_an_answer_is_not_the_end(
+    trained: Run, hub: Hub, token: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.create("me/model")
+    hub.fail("lost", "POST .*/commit/")
+    hub.fail("403", "GET .*/models/me/model", skip=1)
+    assert call("push", str(trained.path), "me/model") == 0
+    assert len(hub.repos["model", "me/model"].log("main")) == 2
+    assert [call.fault for call in hub.calls if call.fault] == ["lost", "403"]
 
 
 REFUSALS: list[tuple[str, str, str, list[str]]] = [
@@ -380,7 +391,7 @@ def test_a_run_in_progress_is_pushed_with_a_note(
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
-        ("no hf_AbCdEfGh1234 here", "no *** here"),
+        ("no hf_AbCdEfGh1234567890 here, in hf_finetune", "no *** here, in hf_finetune"),
         ("Authorization: Bearer abc.def", "Authorization: ***"),
         ("get http://me:secret@host/x failed", "get http://***@host/x failed"),
         ("PUT https://s3/x?X-Amz-Signature=1&y=2 failed", "PUT https://s3/x failed"),
@@ -454,8 +465,8 @@ def test_a_space_needs_a_base_on_the_hub(
 
 def _push_under_faults(
     seed: int, hub: Hub, token: str, old: Run, new: Run, capsys: pytest.CaptureFixture[str]
-) -> str:
-    """Push over an older model while 30 % of all requests fail, and return what became of it."""
+) -> tuple[str, int]:
+    """Push over an older model while 30 % of all requests fail; return what became of it and how often it was retried."""
     hub.repos.clear()
     hub.objects.clear()
     repo = hub.create("me/model")
@@ -470,7 +481,7 @@ def _push_under_faults(
     code = call("push", str(new.path), "me/model")
     hub.fail_at_random(0, seed)
     printed = capsys.readouterr()
-    calls = hub.calls[first:]
+    calls, retries = hub.calls[first:], printed.err.count("Trying again in")
     assert code in (0, 1)
     assert snapshot(new.path) == before, "the run folder is bit-intact"
     assert token not in printed.out + printed.err
@@ -484,19 +495,20 @@ def _push_under_faults(
             content = hub.files("me/model")[path]
             assert (blob.oid, blob.size) == (git_oid(content, blob.lfs), len(content))
         assert (head.parent, len(repo.log("main"))) == (start.sha, 3), "one commit"
-        return "pushed"
+        return "pushed", retries
     if head.sha != start.sha:  # carried out, and every answer since was lost
         assert without_attributes(hub.files("me/model")) == complete
         assert "Whether the commit was made is not known" in printed.err
-        return "unsure"
+        return "unsure", retries
     assert f"hf-finetune push {new.path} me/model" in printed.err or "cannot be written to" in printed.err
-    return "refused"
+    return "refused", retries
 
 
 def _pushes(
     seeds: range, hub: Hub, token: str, one: Run, other: Run, capsys: Any, monkeypatch: Any
 ) -> dict[str, int]:
-    monkeypatch.setattr(push, "PATIENT", Patience(tries=6, first=0, longest=0, silence=0.1))
+    monkeypatch.setattr(push, "PATIENT", Patience(tries=6, first=0, longest=0, silence=0.25))
+    hub.slowness = 0.4
     ended = [
         _push_under_faults(seed, hub, token, *((one, other) if seed % 2 else (other, one)), capsys)
         for seed in seeds
@@ -505,8 +517,9 @@ def _pushes(
     share = len(faults) / len(hub.calls)
     assert 0.2 < share < 0.4
     assert set(faults) | {"corrupt"} == set(FAULTS)
-    return {key: ended.count(key) for key in ("pushed", "refused", "unsure")} | {
-        "requests": len(hub.calls), "faults": len(faults)
+    counts = {end: sum(each == end for each, _ in ended) for end in ("pushed", "refused", "unsure")}
+    return counts | {
+        "retries": sum(count for _, count in ended), "requests": len(hub.calls), "faults": len(faults)
     }  # fmt: skip
 
 

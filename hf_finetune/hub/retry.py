@@ -157,7 +157,7 @@ def scrub(text: str) -> str:
     """Remove what must not be seen: the token, anything like one, passwords and signatures in addresses."""
     if token := get_token():
         text = text.replace(token, "***")
-    text = re.sub(r"\bhf_\w{8,}|\b(Bearer|Basic)\s+\S+", "***", text)
+    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}|\b(Bearer|Basic)\s+\S+", "***", text)
     text = re.sub(r"(https?://)[^\s/@]+@", r"\1***@", text)
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", text)
 

@@ -145,3 +145,17 @@ def allowed_pickle(
         f"{where}: {_holder(folder, pinned)} holds no {WEIGHTS}. Weights in other formats are not loaded. {_CONVERT} "
         "For random weights set `backbone.pretrained: false`."
     )
+
+
+def foreign_code(folder: Path | None) -> str | None:
+    """Return the other repository that a folder's `auto_map`s take code from (`user/repo--file.Class`), if any."""
+    for file in sorted(folder.glob("*.json")) if folder else ():
+        with suppress(OSError, ValueError, AttributeError):
+            classes = json.loads(file.read_text(encoding="utf-8")).get("auto_map", {}).values()
+            named = [
+                name for each in classes for name in (each if isinstance(each, list) else [each]) if name
+            ]
+            for name in named:
+                if "--" in name:
+                    return str(name).partition("--")[0]
+    return None
