@@ -23,6 +23,8 @@ from hf_finetune.train import finetune
 
 _ROOT = tempfile.TemporaryDirectory(prefix="hf-finetune-tests-")
 CLASSES = ("blue", "green", "red")
+RELOAD_CHECK = False
+"""Whether runs load their model in a fresh process before they are done: tests/test_reload.py is about that."""
 TRAIN = 12
 """Rows to learn from: with batches of 8 the second is short."""
 
@@ -96,7 +98,8 @@ def recipe(name: str, output: Path | None = None, **changes: Any) -> Recipe:
 
     `changes` are sections; what they say of `training` and `data` is merged with the defaults here.
     """
-    training = {"steps": 4, "batch_size": 8, "precision": "fp32"} | changes.pop("training", {})
+    training = {"steps": 4, "batch_size": 8, "precision": "fp32", "reload_check": RELOAD_CHECK}
+    training |= changes.pop("training", {})
     sections = {
         "backbone": backbone(name),
         "data": data(name) | changes.pop("data", {}),

@@ -116,6 +116,7 @@ def by_script() -> tuple[Path, str]:
         "--recipe",
         str(path),
         "training.clip_norm=0.5",
+        "training.reload_check=true",
         "--output",
         str(folder / "vit gradual-2"),
     )
@@ -133,7 +134,9 @@ def two(name: str) -> Run:
 @pytest.mark.parametrize("name", ARMS)
 def test_two_processes_end_where_one_does(name: str, tmp_path: Path) -> None:
     double = two(name)
-    recipe = load_recipe(double.path / "recipe.yaml", [f"output={tmp_path / 'one'}"])
+    recipe = load_recipe(
+        double.path / "recipe.yaml", [f"output={tmp_path / 'one'}", "training.reload_check=false"]
+    )
     single = runs.finetune(recipe, quiet=True)
     assert double.status["processes"] == 2
     assert runs.same(runs.weights(single), runs.weights(double), tolerance=1e-5)
@@ -153,6 +156,10 @@ def test_frozen_is_bit_equal_under_ddp(name: str) -> None:
     assert not runs.moved(run) & buffers
     if "frozen" in name:
         assert runs.moved(run) == {"fc.weight", "fc.bias"}
+
+
+def test_the_main_process_compares_what_was_written() -> None:
+    assert two("vit gradual").status["reload"]["compared"]
 
 
 def test_what_is_kept_is_what_both_processes_measured() -> None:

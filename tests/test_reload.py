@@ -30,7 +30,8 @@ MERGED = {"training": {"steps": 3}, "strategy": {"name": "lora", "r": 2, "merge"
 
 
 @pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+def _compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "RELOAD_CHECK", True)
     monkeypatch.setattr(
         "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
     )
@@ -374,6 +375,20 @@ def test_a_reading_that_hangs_is_ended_with_its_process(tmp_path: Path) -> None:
     assert len(pids) == 2
     assert all(ends(pid) for pid in pids)
     fresh.stop()
+
+
+def test_without_fork_each_reading_has_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "reader.py"
+    source = Path(fresh.reader.__file__).read_text(encoding="utf-8")
+    script.write_text(source.replace("if FORKS else", "if False else"), encoding="utf-8")
+    fresh.stop()
+    with monkeypatch.context() as patched:
+        patched.setattr(fresh.reader, "__file__", str(script))
+        patched.setattr(fresh.reader, "FORKS", False)
+        assert runs.run("vit", tmp_path / "run", **ONE).status["reload"]["compared"]
+        assert fresh._reader is None
 
 
 @pytest.mark.parametrize(
