@@ -126,8 +126,8 @@ def _config(where: str, spec: BackboneSpec, source: Source, labels: Labels) -> t
     """Return the config with the recipe's options and the data's labels, and whether it had these labels."""
     if spec.trust_remote_code and (elsewhere := foreign_code(source.readable)):
         raise ModelError(
-            f"{where}: it runs code of another repository, {elsewhere}, which `revision` does not pin. Read that code, put "
-            "it beside the model, and name the file alone in `auto_map`."
+            f"{where}: it runs code of another repository, {elsewhere}, which `revision` does not pin. Read that code, "
+            "put it beside the model, and name the file alone in `auto_map`."
         )
     for key, decider in _REFUSED.items():
         if key in spec.options:
