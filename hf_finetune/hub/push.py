@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -32,7 +33,7 @@ from hf_finetune.hub.retry import (
     status,
 )
 from hf_finetune.hub.space import space_files
-from hf_finetune.hub.spec import HubSpec
+from hf_finetune.hub.spec import REPO_ID, HubSpec
 from hf_finetune.hub.upload import Pushed, Target, Unsure, claim, tag, upload
 from hf_finetune.runfolder import Run, RunFolder, load_run
 
@@ -77,9 +78,12 @@ def push_run(place: str, order: Order, *, say: Say = lambda text: None) -> list[
     """Push the best model of a run folder, which is only read, and return the addresses of what was made.
 
     Raises:
-        UserError: the folder holds no run, or no whole model, or a Space cannot be made of it.
+        UserError: the folder holds no run, or no whole model, or a Space cannot be made of it; an id is none.
         HubError: the Hub cannot be reached, or refuses.
     """
+    for target in order.targets:
+        if not re.fullmatch(REPO_ID, target.repo_id):
+            raise UserError(f"push: '{target.repo_id}' is no repository's id. Write user/name.")
     run = load_run(place)
     _check_model(run)
     if run.status.get("status") == "running":

@@ -9,6 +9,7 @@ from string import Template
 from typing import Any
 
 from hf_finetune.errors import UserError
+from hf_finetune.hub.spec import REPO_ID
 from hf_finetune.recipe import load_recipe
 from hf_finetune.runfolder import Run
 
@@ -119,7 +120,7 @@ def _base(folder: Path, repo_id: str) -> dict[str, str]:
     """Return the adapter's base model and its revision."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base, revision = config["base_model_name_or_path"], config.get("revision")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or base.startswith("shipped/") or Path(base).exists():
+    if not re.fullmatch(REPO_ID, base) or base.startswith("shipped/") or Path(base).exists():
         raise UserError(
             f"push: a Space cannot load the adapter in {repo_id}, because its base model '{base}' is not on the Hub. "
             "Push without --space, or train with the strategy's option `merge: true`."

@@ -8,11 +8,14 @@ from pydantic import Field
 
 from hf_finetune.spec import Spec
 
+REPO_ID = r"^\w[\w.-]*/\w[\w.-]*$"
+"""`user/name`."""
+
 
 class HubSpec(Spec):
     """Where the model goes."""
 
-    repo_id: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    repo_id: Annotated[str, Field(pattern=REPO_ID)]
     """`user/name`; made when it is not there."""
     private: bool = False
     """Whether a repository that is made is private."""

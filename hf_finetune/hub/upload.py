@@ -15,11 +15,10 @@ from huggingface_hub import (
     HfApi,
     get_session,
     hf_hub_url,
-    hf_raise_for_status,
     is_offline_mode,
 )
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from hf_finetune.hub.retry import CONFLICT, HUB_ERRORS, Answer, Persistence, status
 
