@@ -498,7 +498,7 @@ def test_the_card_says_it_is_an_adapter(tmp_path: Path) -> None:
     card = (run.model_folder / "README.md").read_text()
     assert "library_name: peft" in card
     assert "AutoModelForSequenceClassification.from_pretrained(" in card
-    assert "num_labels=2" in card
+    assert "config=config" in card, "the labels; tests/test_card.py runs the code"
 
 
 def test_predict_with_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
