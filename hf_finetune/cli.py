@@ -166,9 +166,12 @@ def export(
     ] = None,
 ) -> None:
     """Write a trained model for other runtimes, as ONNX or torch.export, and check it on real samples."""
-    from hf_finetune.export import export_model
+    from hf_finetune.export import check_request, export_model
 
-    export_model(run, form=form, output=output, opset=opset, options=options or [])
+    check_request(form, opset)
+    from hf_finetune.trained import load_trained
+
+    export_model(run, load_trained(run), form=form, output=output, opset=opset, options=options or [])
 
 
 @app.command()

@@ -13,19 +13,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hf_finetune.data.labels import Labels
 from hf_finetune.data.loaders import EvalSet, collate
 from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import load_split, load_splits
 from hf_finetune.errors import DataError, FinetuneError, UserError, did_you_mean
 from hf_finetune.models.backbone import Backbone, ImageInput, TextInput
 from hf_finetune.models.load import forward, save_beside
+from hf_finetune.recipe import Recipe
 from hf_finetune.runfolder import load_run, writing
-from hf_finetune.trained import Trained, load_trained
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,6 +37,19 @@ SAMPLES = 16
 TOLERANCE = 1e-4
 """Largest difference of logits allowed, of logits up to 1; above that as a share of the largest."""
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
+
+
+class TrainedModel(Protocol):
+    """What `inference.load_trained` returns."""
+
+    @property
+    def recipe(self) -> Recipe: ...  # noqa: D102
+
+    @property
+    def labels(self) -> Labels: ...  # noqa: D102
+
+    @property
+    def backbone(self) -> Backbone: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,7 @@ class Exported:
 
 def export_model(
     place: str,
+    trained: TrainedModel,
     *,
     form: str = "onnx",
     output: str | None = None,
@@ -68,17 +83,17 @@ def export_model(
 
     Args:
         place: run folder, model folder or Hub repository.
+        trained: the model in it.
         form: `onnx` or `torch`.
         output: folder to write to; default `export/` in a run's folder, else `<name>-export` here.
         opset: of ONNX; None for what torch writes.
         options: `data=…` (samples to check with, where the run's own are gone) and `split=…`.
 
     Raises:
-        UserError: no such model, data or format; or the format's packages are missing.
+        UserError: no such data or format; or the format's packages are missing.
         FinetuneError: the model cannot be traced, or the file computes something else.
     """
-    _check_request(form, opset)
-    trained = load_trained(place)
+    check_request(form, opset)
     model = trained.backbone.model.eval()
     samples = _samples(place, trained, options)
     plain = _merged(trained.backbone)
@@ -129,7 +144,7 @@ class _Samples:
         return dict(self.tokenizer.pad(inputs, padding="max_length", max_length=longest, return_tensors="pt"))
 
 
-def _samples(place: str, trained: Trained, options: Sequence[str]) -> _Samples:
+def _samples(place: str, trained: TrainedModel, options: Sequence[str]) -> _Samples:
     """Return some rows to trace and check with."""
     rows = _rows(place, trained, options)
     count = min(SAMPLES, len(rows))
@@ -139,7 +154,7 @@ def _samples(place: str, trained: Trained, options: Sequence[str]) -> _Samples:
     return _Samples(data, read.tokenizer if isinstance(read, TextInput) else None)
 
 
-def _rows(place: str, trained: Trained, options: Sequence[str]) -> Dataset:
+def _rows(place: str, trained: TrainedModel, options: Sequence[str]) -> Dataset:
     given: dict[str, str] = {}
     for option in options:
         key, equals, value = option.partition("=")
@@ -284,7 +299,7 @@ WRITERS = {"onnx": _write_onnx, "torch": _write_torch}
 OPENERS = {"onnx": _open_onnx, "torch": _open_torch}
 
 
-def _about(trained: Trained) -> dict[str, str]:
+def _about(trained: TrainedModel) -> dict[str, str]:
     """Return what a file says of itself."""
     read = trained.backbone.input
     found = {
@@ -370,7 +385,7 @@ logits = torch.export.load("{file}").module()(**inputs)""",
 }
 
 
-def _usage(exported: Path, trained: Trained, folder: Path, form: str) -> str:
+def _usage(exported: Path, trained: TrainedModel, folder: Path, form: str) -> str:
     """Return the code that gets logits out of the file, with the libraries of its inputs."""
     backbone = trained.backbone
     kind = "text" if isinstance(backbone.input, TextInput) else "image"
@@ -390,7 +405,8 @@ def _say(exported: Exported) -> None:
 # ---- the request ---------------------------------------------------------------------------------------------------
 
 
-def _check_request(form: str, opset: int | None) -> None:
+def check_request(form: str, opset: int | None) -> None:
+    """Refuse a format that is none, or whose packages are missing, before a model is loaded."""
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose from {', '.join(FORMATS)}.{did_you_mean(form, FORMATS)}")
     if form != "onnx":

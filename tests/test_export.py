@@ -15,7 +15,8 @@ import runs
 from hf_finetune import export
 from hf_finetune.cli import main
 from hf_finetune.errors import FinetuneError, UserError
-from hf_finetune.export import Exported, export_model
+from hf_finetune.export import Exported
+from hf_finetune.inference import load_trained
 from hf_finetune.runfolder import Run
 
 needs_onnx = pytest.mark.skipif(
@@ -31,6 +32,10 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "text adapter": ("bert", LORA, ["attention_mask", "input_ids", "token_type_ids"]),
     "image": ("vision-vit", {"strategy": "full"}, ["pixel_values"]),
 }
+
+
+def export_model(place: str, **given: Any) -> Exported:
+    return export.export_model(place, load_trained(place), **given)
 
 
 @pytest.fixture(scope="module")

@@ -87,6 +87,12 @@ WHOLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "text adapter, merged": ("bert", MERGED, "transformers"),
     "image": ("vision-vit", ONE, "transformers"),
     "image adapter": ("vision-dinov2", LORA, "peft"),
+    "image of another size": (
+        "vision-mobilenetv2",
+        ONE | {"backbone": {"options": {"image_size": 48}}},
+        "transformers",
+    ),
+    "timm, of another size": ("vit", ONE | {"backbone": {"options": {"img_size": 48}}}, "timm"),
     "nothing measured": ("vit", ONE | {"monitor": {"metric": "loss"}}, "timm"),
 }
 
@@ -96,6 +102,8 @@ def test_the_kept_model_is_compared(
     case: str, tmp_path: Path, answers: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, changes, library = WHOLE[case]
+    if "backbone" in changes:
+        changes = changes | {"backbone": {"id": runs.backbone(name), **changes["backbone"]}}
     if case == "nothing measured":
         monkeypatch.setattr("hf_finetune.evaluation.Evaluation.value", lambda self, metric: float("nan"))
     run = runs.run(name, tmp_path / "run", **changes)

@@ -106,6 +106,16 @@ def processor_input(
     return ImageInput(target, mean, std, float(min(crop_pct, 1.0)), crop_mode, _interpolation(processor))
 
 
+def resize_processor(processor: Any, read: ImageInput) -> None:
+    """Let an image processor make images of the size that `processor_input` was told: it is saved with the model."""
+    height, width = read.size
+    by_edge = "shortest_edge" in _as_dict(processor.size)
+    if getattr(processor, "do_center_crop", False):
+        processor.crop_size = {"height": height, "width": width}
+        height, width = round(height / read.crop_pct), round(width / read.crop_pct)
+    processor.size = {"shortest_edge": min(height, width)} if by_edge else {"height": height, "width": width}
+
+
 def load_text_input(where: str, folder: Path, model: nn.Module, *, trust_remote_code: bool) -> TextInput:
     """Load the tokenizer beside a transformers checkpoint; makes sure model and tokenizer agree on padding.
 
