@@ -307,6 +307,31 @@ def test_configurations_of_a_data_set(there: Hub, monkeypatch: pytest.MonkeyPatc
     assert len(open_source(DataSpec(path="me/both", config="small")).splits["train"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            {"README.md": b"# nothing"},
+            ["holds no file that `datasets` reads", "parquet, csv, json or image files"],
+        ),
+        ({"train.parquet": b"no parquet"}, ["it could not be loaded: "]),
+        ({"train.csv": b'text,label\n"a,b\n'}, ["it could not be loaded: "]),
+    ],
+    ids=["no data", "broken parquet", "broken csv"],
+)
+def test_a_data_set_that_cannot_be_read(
+    files: dict[str, bytes], words: list[str], hub: Hub, tmp_path: Path
+) -> None:
+    (tmp_path / "files").mkdir()
+    for name, content in files.items():
+        (tmp_path / "files" / name).write_bytes(content)
+    hub.upload(tmp_path / "files", "me/odd", "dataset")
+    with pytest.raises(UserError) as caught:
+        open_source(DataSpec(path="me/odd"))
+    for each in words:
+        assert each in str(caught.value), str(caught.value)
+
+
 # What a repository may hold
 
 
