@@ -45,7 +45,13 @@ def main() -> None:
 
 
 def read(
-    folder: str, task: str, place: str, max_length: int | None, remote_code: bool, threads: int
+    folder: str,
+    task: str,
+    place: str,
+    max_length: int | None,
+    remote_code: bool,
+    threads: int,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Load the model in `folder` and write its logits to `place`; return what else is to be compared.
 
@@ -57,6 +63,7 @@ def read(
         max_length: tokens a text is cut at.
         remote_code: run code that came with the model.
         threads: to compute with.
+        base: where an adapter's base model lies, if that is this machine; its config then only names it.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -66,10 +73,10 @@ def read(
     adapted = Path(folder, "adapter_config.json").is_file()
     library = "timm" if "architecture" in config else "transformers"
     if library == "timm":
-        model = _timm_model(folder, config, adapted)
+        model = _timm_model(folder, config, adapted, base)
         names: Any = config.get("label_names")
     else:
-        model = _transformers_model(folder, task, adapted, remote_code)
+        model = _transformers_model(folder, task, adapted, remote_code, base)
         found = model.config.id2label
         names = [found[index] for index in sorted(found)]
         backwards = model.config.label2id
@@ -104,12 +111,12 @@ def read(
     }
 
 
-def _timm_model(folder: str, config: dict[str, Any], adapted: bool) -> Any:
+def _timm_model(folder: str, config: dict[str, Any], adapted: bool, place: str | None) -> Any:
     import timm
 
     if not adapted:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
-    base, revision = _base(folder)
+    base, revision = (place, None) if place else _base(folder)
     arguments = {"num_classes": config["num_classes"], **config.get("model_args", {})}
     if os.path.isdir(base):
         return timm.create_model(f"local-dir:{base}", pretrained=True, **arguments)
@@ -122,7 +129,7 @@ def _timm_model(folder: str, config: dict[str, Any], adapted: bool) -> Any:
     )
 
 
-def _transformers_model(folder: str, task: str, adapted: bool, remote_code: bool) -> Any:
+def _transformers_model(folder: str, task: str, adapted: bool, remote_code: bool, place: str | None) -> Any:
     import transformers
 
     auto = {
@@ -131,7 +138,7 @@ def _transformers_model(folder: str, task: str, adapted: bool, remote_code: bool
     }[task]
     if not adapted:
         return auto.from_pretrained(folder, trust_remote_code=remote_code)
-    base, revision = _base(folder)
+    base, revision = (place, None) if place else _base(folder)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=remote_code)
     return auto.from_pretrained(
         base, revision=revision, config=config, ignore_mismatched_sizes=True, trust_remote_code=remote_code,

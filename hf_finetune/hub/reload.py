@@ -161,13 +161,13 @@ def check_reload(
         return {"compared": False, "why": "the logits that the kept model gave in memory are not known"}
     if about["samples"] != samples.digest:
         return {"compared": False, "why": "the validation samples are not those of the model that was kept"}
-    folder = run / "model"
+    folder, source = run / "model", setup.backbone.source
     with tempfile.TemporaryDirectory(prefix="hf-finetune-") as place:
         _lay_out(samples, Path(place))
         request = {
             "folder": str(folder.resolve()), "task": setup.recipe.task, "place": place,
             "max_length": samples.max_length, "remote_code": setup.recipe.backbone.trust_remote_code,
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(), "base": None if source["commit"] else source["folder"],
         }  # fmt: skip
         answer = fresh.ask(request, on_wait=on_wait)
         found = {} if "error" in answer else load_file(Path(place) / "answer.safetensors")
