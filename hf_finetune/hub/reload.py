@@ -40,9 +40,9 @@ EXPECTED = ".expected.safetensors"
 TOLERANCE = {"cpu": 2e-5, "elsewhere": 1e-4}
 """Largest difference of logits allowed, as a share of the largest logit, by where the model was trained.
 
-Rounding to float32 (6e-8) adds up over layers and sums, in another order on another kernel: measured on CPUs, 3e-7 on the
-tests' tiny networks, 1.4e-6 on MobileNetV2. A GPU's kernels differ more from the CPU's, which the fresh process computes
-on; how much has not been measured. A tensor rounded to bfloat16 is off by 4e-3."""
+Rounding to float32 (6e-8) adds up over layers and sums, in another order on another kernel: measured on CPUs, 3e-7 on
+the tests' tiny networks, 1.4e-6 on MobileNetV2. A GPU's kernels differ more from the CPU's, which the fresh process
+computes on; how much has not been measured. A tensor rounded to bfloat16 is off by 4e-3."""
 FLOOR = 1e-6
 """Difference of logits always allowed: of a model whose logits are all near zero."""
 LEVELS = {"timm": 0.02, "transformers": 1.0}
