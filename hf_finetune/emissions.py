@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ def start_metering() -> Callable[[], Emissions | None]:
             warnings.simplefilter("ignore")
             from codecarbon import OfflineEmissionsTracker
 
+            logging.getLogger("codecarbon").disabled = True  # it speaks before it reads `log_level`
             tracker = OfflineEmissionsTracker(
                 save_to_file=False, save_to_logger=False, log_level="critical", allow_multiple_runs=True
             )
