@@ -523,7 +523,7 @@ def test_data_that_is_not_here_is_asked_for(hub: Hub, trained: Path, tmp_path: P
         (away / "recipe.yaml").write_text(text.replace(f"./{was}", path))
         hub.upload(away, "me/away")
         with pytest.raises(
-            UserError, match=r"the data its recipe names cannot be read here(.|\n)*Give it with data=PATH"
+            UserError, match=r"the data which the recipe of me/away names; give it with data=PATH"
         ):
             evaluate_model("me/away", [])
     assert evaluate_model("me/away", [f"data={runs.images()}"]).metrics
