@@ -387,7 +387,7 @@ def real(
             photos = load_dataset("imagefolder", data_dir=str(shared_data("hymenoptera")))
             publish(circle, {"me/hymenoptera": (photos, {})})
             circle.hub.upload(shared_data("mobilenetv2_100_in1k"), "me/mobilenet")
-            data, size = "data=me/hymenoptera", 16
+            data, size, steps = "data=me/hymenoptera", 16, 20
             job["timm"] = [(names[0], f"me/{names[0]}", *REAL_IMAGES)]
             job["timm adapters"] = [(names[1], f"me/{names[1]}", "me/mobilenet", 2, *REAL_IMAGES)]
         else:
@@ -400,7 +400,8 @@ def real(
             publish(circle, {"me/sst2": (DatasetDict(films), {"private": True})})
             circle.hub.upload(backbone_folder("minilm"), "me/minilm")
             slices = "train: 'train[:640]', validation: 'validation[:320]'"
-            data, size = "data={path: me/sst2, columns: {text: sentence}, " + slices + "}", 32
+            data = "data={path: me/sst2, columns: {text: sentence}, " + slices + "}"
+            size, steps = 32, 60
             job["transformers"] = [(names[0], f"me/{names[0]}", *REAL_TEXTS)]
             job["adapters"] = [(names[1], f"me/{names[1]}", "me/minilm", 2, *REAL_TEXTS)]
             job["text"] = "sentence"
@@ -413,7 +414,7 @@ def real(
         ]
         rates = {"full": 3e-4, "lora": 2e-3}
         commands = [
-            ["train", strategy, f"backbone=me/{network}", *short, "training.steps=20", f"optimizer.lr={rate}",
+            ["train", strategy, f"backbone=me/{network}", *short, f"training.steps={steps}", f"optimizer.lr={rate}",
              "--output", f"{network}-{strategy}", "hub={repo_id: me/" + f"{network}-{strategy}" + "}"]
             for strategy, rate in rates.items()
         ]  # fmt: skip
