@@ -67,7 +67,7 @@ def evaluate_model(place: str, options: Sequence[str]) -> Evaluation:
             if trained.recorded is not None:
                 raise
             raise DataError(
-                f"{place}: the data its recipe names cannot be read here. {error} Give it with data=PATH."
+                f"{error} That is the data which the recipe of {place} names; give it with data=PATH."
             ) from None
     if "label" not in rows.column_names:
         raise UserError(f"{place}: split '{split}' has no labels to measure against; `predict` needs none.")

@@ -1411,8 +1411,7 @@ BROKEN = [
           a branch or tag may mean other code tomorrow
           read the code, then set backbone.revision to that commit, all 40 digits of it
         recipe.yaml:2: backbone.allow_pickle
-          given *.bin
-          it is the exact name of one file, which ends in .bin, .pth, .pt or .ckpt
+          given '*.bin'; it is the exact name of one file, which ends in .bin, .pth, .pt or .ckpt
           name the file, such as pytorch_model.bin
         2 problems in recipe.yaml
         """,

