@@ -25,6 +25,7 @@ from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import load_split, load_splits
 from hf_finetune.errors import DataError, UserError, did_you_mean
 from hf_finetune.evaluation import Evaluation, evaluate, to_device
+from hf_finetune.models.forward import placed
 from hf_finetune.models.load import forward
 from hf_finetune.precision import mixed_precision
 from hf_finetune.recipe import Recipe
@@ -116,10 +117,7 @@ def _metrics(trained: Trained) -> list[str]:
 
 def _ready(trained: Trained, accelerator: Accelerator) -> nn.Module:
     """Return the model where and how the run measured it, so that it gives the same numbers."""
-    model = trained.backbone.model.to(accelerator.device).eval()
-    if TASKS[trained.recipe.task].modality == "image":
-        model = model.to(memory_format=torch.channels_last)
-    return model
+    return placed(trained.backbone.model.eval(), accelerator.device, TASKS[trained.recipe.task].modality)
 
 
 def predict_inputs(

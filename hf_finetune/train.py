@@ -20,6 +20,7 @@ from hf_finetune.errors import Interrupted
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.features.feed import Feed
 from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_tensors
+from hf_finetune.models.forward import placed
 from hf_finetune.monitor import Watch
 from hf_finetune.optim import build_optimizer, set_rates
 from hf_finetune.position import Position, restore, store
@@ -105,13 +106,9 @@ def _train(
     base_lr, device, world = float(recipe.optimizer.lr), accelerator.device, accelerator.num_processes
     set_seed(training.seed, device_specific=True)
 
-    model = setup.backbone.model.to(device)
-    if splits.modality == "image":
-        model = model.to(memory_format=torch.channels_last)
+    model = placed(setup.backbone.model, device, splits.modality)
     feed = Feed(setup, accelerator, model)
     scope, adapter = FreezeScope(model), setup.backbone.adapter
-    if adapter:
-        adapter.straighten()
     optimizer = build_optimizer(recipe.optimizer, setup.groups, dict(model.named_parameters()))
     optimizer = accelerator.prepare_optimizer(optimizer)
     ema = ModelEmaV3(model, decay=float(training.ema.decay)) if training.ema else None

@@ -173,16 +173,17 @@ def kill_again_and_again(row: Row, folder: Path, kills: int, seed: int) -> tuple
             hang = {} if moment in ("step", "start") else {"HANG": moment}
             group = Group(again, row.processes, log, PACE="0.05", MARKER=str(marker), **hang)
             try:
-                if moment == "start":
-                    time.sleep(rng.uniform(0, 6))
+                rows = torn / "metrics.jsonl"
+                stamp = rows.stat().st_mtime_ns if rows.exists() else 0
+
+                def trains(rows: Path = rows, stamp: int = stamp) -> bool:
+                    return rows.exists() and rows.stat().st_mtime_ns > stamp and rows.stat().st_size > 0
+
+                if moment == "start":  # on a fast machine the start-up is over earlier
+                    limit = time.monotonic() + rng.uniform(0, 6)
+                    group.until(lambda limit=limit, trains=trains: trains() or time.monotonic() > limit)
                 elif moment == "step":
-                    rows = torn / "metrics.jsonl"
-                    stamp = rows.stat().st_mtime_ns if rows.exists() else 0
-                    group.until(
-                        lambda rows=rows, stamp=stamp: (
-                            rows.exists() and rows.stat().st_mtime_ns > stamp and rows.stat().st_size > 0
-                        )
-                    )
+                    group.until(trains)
                     time.sleep(rng.uniform(0, 0.4))
                 else:
                     group.until(marker.exists)

@@ -56,7 +56,7 @@ if case == "metrics" and rank == 0:
 if case == "model" and rank == 0:
     after(hf_finetune.hub.artefact, "save_backbone", 0, OSError(errno.EROFS, os.strerror(errno.EROFS)))
 if case == "curves" and rank == 0:
-    after(hf_finetune.record.shutil, "copyfile", 0, full)
+    after(hf_finetune.hub.artefact.shutil, "copyfile", 0, full)
 if case == "frozen" and rank == 1:
     real = hf_finetune.train.fingerprints
     hf_finetune.train.fingerprints = lambda tensors: dict.fromkeys(real(tensors), "other")
@@ -76,7 +76,7 @@ cli.main(["train", recipe, "--output", sys.argv[3], "-q"])
 CASES = {
     "metrics": ("cannot write {run}/metrics.jsonl: the disk is full", False),
     "model": ("cannot write {run}/.model.new: the disk is read-only", False),
-    "curves": ("cannot write {run}: the disk is full", False),
+    "curves": ("cannot write {run}/model: the disk is full", False),
     "frozen": ("frozen tensors moved, first of all", False),
     "nan": ("step 1, epoch 1: the loss is nan", False),
     "memory": ("out of memory at 4 samples per forward pass", True),

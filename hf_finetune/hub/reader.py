@@ -51,7 +51,7 @@ def read(
     max_length: int | None,
     remote_code: bool,
     threads: int,
-    base: str | None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Load the model in `folder` and write its logits to `place`; return what else is to be compared.
 

@@ -58,13 +58,6 @@ class Adapter:
         """peft's configuration."""
         return self.shell.peft_config[NAME]
 
-    def straighten(self) -> None:
-        """Put the adapted layers into torch's own memory layout, which peft's DoRA and BOFT take for granted."""
-        network = self.shell.get_base_model()
-        for target in self.targets:
-            for parameter in network.get_submodule(target.name).parameters():
-                parameter.data = parameter.data.contiguous()
-
     def penalty(self) -> Tensor | float:
         """Return what the method adds to the loss of a step: AdaLoRA keeps its singular vectors orthogonal."""
         weight = getattr(self.config, "orth_reg_weight", 0.0)

@@ -8,7 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_finetune.models.backbone import Backbone, ImageInput
+from hf_finetune.models.backbone import Backbone, ImageInput, Modality
+
+
+def placed(model: nn.Module, device: torch.device, modality: Modality) -> nn.Module:
+    """Return the model where it computes, and in the memory format it computes fastest in: images in channels_last.
+
+    Layers with adapters keep torch's own format, which peft's DoRA and BOFT take for granted.
+    """
+    model = model.to(device)
+    if modality == "image":
+        model = model.to(memory_format=torch.channels_last)
+        for module in model.modules():
+            if hasattr(module, "base_layer"):
+                for parameter in module.parameters():
+                    parameter.data = parameter.data.contiguous()
+    return model
 
 
 def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
