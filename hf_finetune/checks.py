@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, IMAGE_AUGMENTATIONS, TEXT_AUGMENTATIONS
 from hf_finetune.errors import nearest
-from hf_finetune.hub.fetch import COMMIT
+from hf_finetune.fetch import COMMIT
 from hf_finetune.models.spec import PICKLE_SUFFIXES
 from hf_finetune.recipe_spec import Recipe
 from hf_finetune.shipped import BACKBONES, DATASETS, ShippedDataset

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_finetune.data.labels import Labels
 from hf_finetune.errors import ModelError, UserError
-from hf_finetune.hub.fetch import Pinned
+from hf_finetune.fetch import Pinned
 from hf_finetune.models.layout import ADAPTER_CONFIG
 from hf_finetune.models.load import Backbone, load_backbone
 from hf_finetune.models.source import find_trained

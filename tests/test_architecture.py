@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ),
     (
         "parts: each knows its own spec, none knows the recipe",
-        {"augment", "data", "models", "tasks.loss", "emissions", "evaluation", "features", "freeze", "hub.fetch", "progress", "report", "runfolder"},
+        {"augment", "data", "models", "tasks.loss", "emissions", "evaluation", "features", "freeze", "fetch", "progress", "report", "runfolder"},
     ),
     (
         "recipe: the specs composed, read, checked and written",
@@ -58,7 +58,7 @@ HEAVY = [
 LIGHT = [
     "", "cli", "errors", "spec", "monitor", "schedule", "optim", "runfolder", "timeline", "defaults",
     "recipe", "recipe_spec", "recipe_schema", "recipe_errors", "yaml_source", "checks",
-    "augment.spec", "augment.presets", "features.disk", "features.spec", "hub.fetch", "hub.fresh", "hub.spec", "hub.reader", "data.spec", "data.labels", "data.report", "models.spec", "models.anatomy",
+    "augment.spec", "augment.presets", "features.disk", "features.spec", "fetch", "hub.fresh", "hub.spec", "hub.reader", "data.spec", "data.labels", "data.report", "models.spec", "models.anatomy",
     "shipped", "strategies", "tasks", "tasks.metrics",
 ]  # fmt: skip
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 import runs
 import tiny
+from hf_finetune import fetch
 from hf_finetune.cli import main
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.sources import open_source
 from hf_finetune.data.spec import DataSpec
 from hf_finetune.errors import FinetuneError, HubError, ModelError, UserError
-from hf_finetune.hub import fetch
 from hf_finetune.inference import evaluate_model, load_trained
 from hf_finetune.models.load import Backbone, load_backbone
 from hf_finetune.models.spec import BackboneSpec

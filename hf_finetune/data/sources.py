@@ -21,7 +21,7 @@ from huggingface_hub import HfApi
 from hf_finetune import shipped
 from hf_finetune.data.spec import DataSpec
 from hf_finetune.errors import DataError, FinetuneError, HubError, did_you_mean
-from hf_finetune.hub.fetch import COMMIT, Wanted, from_the_hub, hub_folder, pin, refusal, verify
+from hf_finetune.fetch import COMMIT, Wanted, from_the_hub, hub_folder, pin, refusal, verify
 
 # an empty cell is a missing value; "NA", "None" and "null" are words that somebody may have written
 _CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_finetune.errors import ModelError, did_you_mean
-from hf_finetune.hub.fetch import Pinned, offline
+from hf_finetune.fetch import Pinned, offline
 from hf_finetune.models.spec import PICKLE_SUFFIXES, BackboneSpec
 
 CONFIG = "config.json"

@@ -20,7 +20,7 @@ from torch import nn
 
 from hf_finetune.data.labels import Labels
 from hf_finetune.errors import ModelError
-from hf_finetune.hub.fetch import COMMIT
+from hf_finetune.fetch import COMMIT
 from hf_finetune.models import load_timm
 from hf_finetune.models.anatomies import module_groups, output_layers, timm_anatomy, transformers_anatomy
 from hf_finetune.models.anatomy import HEAD, Anatomy

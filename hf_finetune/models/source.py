@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_finetune import shipped
 from hf_finetune.errors import ModelError, did_you_mean
-from hf_finetune.hub.fetch import Pinned, Wanted, download, pin
+from hf_finetune.fetch import Pinned, Wanted, download, pin
 from hf_finetune.models.backbone import Library, Modality
 from hf_finetune.models.layout import (
     ADAPTER_CONFIG,
