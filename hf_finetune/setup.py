@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,15 @@ def process_state() -> PartialState:
     """Return what this process knows of the others; several processes without an accelerator meet over gloo."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
+    if several:
+        atexit.register(_leave_group)
     return PartialState(cpu=cpu)
+
+
+def _leave_group() -> None:
+    """Leave the other processes in order: left to the interpreter's end, gloo's threads at times abort the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
