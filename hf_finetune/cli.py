@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_finetune.errors import FinetuneError, Interrupted, UserError, did_you_mean
+from hf_finetune.host import quick_imports
 
 # typer carries its own copy of click or uses click itself, by version; the base of its usage errors is this class.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -252,8 +253,9 @@ def run_recipe(
         # A run is resumed by its folder, or the recipe in it, as well.
         recipe, output = str(run_folder / "recipe.yaml"), output or str(run_folder)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from hf_finetune.setup import process_state
-        from hf_finetune.together import together
+        with quick_imports():
+            from hf_finetune.setup import process_state
+            from hf_finetune.together import together
 
         process_state()
         loaded = together(lambda: load_recipe(recipe, overrides))
@@ -265,7 +267,8 @@ def run_recipe(
         from hf_finetune.hub.fresh import warm_up
 
         warm_up("torch")  # beside our own imports
-    from hf_finetune.train import finetune
+    with quick_imports():
+        from hf_finetune.train import finetune
 
     # Until the loop watches for it, SIGTERM ends the run as SIGINT does: there is nothing to save yet.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -16,6 +16,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader
 
+from hf_finetune import host
 from hf_finetune.augment.presets import resolve_augment
 from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, AugmentationSpec
 from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, train_loader
@@ -82,7 +83,11 @@ def process_state() -> PartialState:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
     if several:
         atexit.register(_leave_group)
-    return PartialState(cpu=cpu)
+    host.keep_freed_memory()
+    state = PartialState(cpu=cpu)
+    if state.device.type == "cpu" and (threads := host.threads_to_use()):
+        torch.set_num_threads(threads)
+    return state
 
 
 def _leave_group() -> None:

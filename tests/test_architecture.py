@@ -18,7 +18,7 @@ PACKAGE = ROOT / "hf_finetune"
 
 # From the ground up. A module may import its own layer and those below; the longest matching name counts.
 LAYERS: list[tuple[str, set[str]]] = [
-    ("ground: errors, the base of all specs", {"durable", "errors", "spec"}),
+    ("ground: errors, the base of all specs", {"durable", "errors", "host", "spec"}),
     (
         "specs: what a part is told, and tables of names",
         {"augment.spec", "data.spec", "data.labels", "features.disk", "features.spec", "hub.spec", "models.spec", "models.anatomy", "monitor", "optim", "schedule",
@@ -56,7 +56,7 @@ HEAVY = [
 
 # `--help`, `check` and `recipes` load these and no more.
 LIGHT = [
-    "", "cli", "errors", "spec", "monitor", "schedule", "optim", "runfolder", "timeline", "defaults",
+    "", "cli", "errors", "host", "spec", "monitor", "schedule", "optim", "runfolder", "timeline", "defaults",
     "recipe", "recipe_spec", "recipe_schema", "recipe_errors", "yaml_source", "checks",
     "augment.spec", "augment.presets", "features.disk", "features.spec", "fetch", "hub.fresh", "hub.spec", "hub.reader", "data.spec", "data.labels", "data.report", "models.spec", "models.anatomy",
     "shipped", "strategies", "tasks", "tasks.metrics",
