@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from hf_finetune.augment.grid import save_augment_grid
@@ -20,7 +19,7 @@ from hf_finetune.features.feed import Feed
 from hf_finetune.features.plan import Plan
 from hf_finetune.freeze import FreezeScope, fingerprints, frozen_tensors
 from hf_finetune.optim import build_optimizer
-from hf_finetune.precision import mixed_precision
+from hf_finetune.precision import accelerator_in
 from hf_finetune.recipe import Recipe
 from hf_finetune.report.tables import Table, layer_table, phase_table, print_table, short_count, target_table
 from hf_finetune.setup import Setup, prepare, process_state
@@ -36,8 +35,7 @@ def explain_recipe(recipe: Recipe, folder: Path) -> None:
     """
     state = process_state()
     setup = prepare(recipe, world_size=state.num_processes, device=state.device)
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=mixed_precision(setup.recipe.training.precision))
+    accelerator = accelerator_in(setup.recipe.training.precision)
     _print_data(setup)
     _print_weights(setup)
     choices = [[choice.key, str(choice.value), choice.why] for choice in setup.choices]

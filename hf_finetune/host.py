@@ -4,6 +4,7 @@ steps, all its cores, imports without the garbage collector in between.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -80,5 +81,6 @@ def quick_imports() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # the interpreter frees its modules by collecting them
         if was_on:
             gc.enable()

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Image, Value
 from torch import nn
 
@@ -27,7 +26,7 @@ from hf_finetune.errors import DataError, UserError, did_you_mean
 from hf_finetune.evaluation import Evaluation, evaluate, to_device
 from hf_finetune.models.forward import placed
 from hf_finetune.models.load import forward
-from hf_finetune.precision import mixed_precision
+from hf_finetune.precision import accelerator_in
 from hf_finetune.recipe import Recipe
 from hf_finetune.report.tables import print_table
 from hf_finetune.setup import process_state
@@ -278,8 +277,7 @@ def _loader(rows: Dataset, trained: Trained, accelerator: Accelerator) -> Any:
 def _accelerator(recipe: Recipe) -> Accelerator:
     """Return an accelerator in the precision the model was measured in."""
     process_state()
-    AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=mixed_precision(recipe.training.precision))
+    return accelerator_in(recipe.training.precision)
 
 
 def _options(options: Sequence[str], allowed: Sequence[str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from hf_finetune.strategies.base import StrategySpec
 SHORT_FORMS = {"backbone": "id", "data": "path", "strategy": "name", "optimizer": "name", "schedule": "name"}
 """Section -> the key a bare value stands for: `backbone: timm/x` is `backbone: {id: timm/x}`."""
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 TaskName = Literal["auto", "image-classification", "text-classification"]
 
 DEFAULT = Place("default")
@@ -59,7 +59,8 @@ class TrainingSpec(Spec):
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Samples per device and forward pass; null = batch_size / processes."""
     precision: Precision = "auto"
-    """Number format of the forward pass; auto = the fastest this hardware does well."""
+    """Number format of the forward pass; auto = the fastest this hardware does well. Weights, output layer and loss
+    are fp32 in all of them."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of all gradients together; null clips nothing."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

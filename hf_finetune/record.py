@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import nn
 
@@ -35,7 +34,7 @@ from hf_finetune.hub.reload import (
     write_expected,
 )
 from hf_finetune.monitor import Best
-from hf_finetune.precision import mixed_precision
+from hf_finetune.precision import accelerator_in
 from hf_finetune.recipe import dump_recipe
 from hf_finetune.report.curves import save_curves
 from hf_finetune.resume import Resumed, find_run, take_over
@@ -353,10 +352,9 @@ class Record:
 
 def start_accelerator(setup: Setup, record: Record) -> Accelerator:
     """Return the accelerator in the recipe's precision, with its trackers running."""
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     trackers = setup.recipe.trackers
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision(setup.recipe.training.precision),
+    accelerator = accelerator_in(
+        setup.recipe.training.precision,
         log_with=trackers or None,
         # A model may own parameters that its forward does not use (a mask token): DDP must not wait for them.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],

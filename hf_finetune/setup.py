@@ -134,7 +134,10 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     )
     if not isinstance(recipe.augment, list):
         choices.append(Choice("augment", ", ".join(each.name for each in augment) or "none", why))
-    precision, why = resolve_precision(recipe.training.precision, device, recipe.where("training.precision"))
+    where = recipe.where("training.precision")
+    precision, why = resolve_precision(
+        recipe.training.precision, device, where, backbone, alone=world_size == 1
+    )
     if recipe.training.precision == "auto":
         choices.append(Choice("training.precision", precision, why))
     workers, why = worker_count(recipe.data.workers, splits.modality, len(splits.train), world_size, device)

@@ -14,12 +14,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from hf_finetune.data.loaders import iterate_batches
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.models.load import forward
-from hf_finetune.precision import mixed_precision
+from hf_finetune.precision import accelerator_in
 from hf_finetune.recipe import Recipe, load_recipe
 from hf_finetune.setup import build_loaders, prepare, process_state
 from hf_finetune.timeline import rate_multiple
@@ -29,7 +28,7 @@ from hf_finetune.train import finetune
 def plain(recipe: Recipe) -> tuple[float, float]:
     """Train the head with `requires_grad = False` on the rest; return (best, last) accuracy."""
     setup = prepare(recipe, world_size=1, device=process_state().device)
-    accelerator = Accelerator(mixed_precision=mixed_precision(setup.recipe.training.precision))
+    accelerator = accelerator_in(setup.recipe.training.precision)
     model, timeline = setup.backbone.model, setup.timeline
     learning = {name for group in setup.groups for name in group.parameters}
     for name, parameter in model.named_parameters():

@@ -522,7 +522,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:2: training.precision
-          given bfloat16; allowed: auto, fp32, bf16 or fp16
+          given bfloat16; allowed: auto, fp32, tf32, bf16 or fp16
           did you mean 'bf16'?
         recipe.yaml:3: data.labels
           given multilabel; allowed: single, multi or regression

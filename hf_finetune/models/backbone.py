@@ -85,3 +85,8 @@ class Backbone:
     """The image processor of a transformers checkpoint, saved along with the model."""
     adapter: Adapter | None = None
     """The adapters inside the model, if it has any."""
+
+    @property
+    def modality(self) -> Modality:
+        """What it reads."""
+        return "image" if isinstance(self.input, ImageInput) else "text"

@@ -34,6 +34,43 @@ def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return logits
 
 
+def sample_inputs(backbone: Backbone, count: int, device: torch.device) -> dict[str, Tensor]:
+    """Return inputs for a model to try itself on: black images of its size, or texts of one short word."""
+    if isinstance(backbone.input, ImageInput):
+        pixels = torch.zeros(count, len(backbone.input.mean), *backbone.input.size, device=device)
+        return {"pixel_values": pixels.contiguous(memory_format=torch.channels_last)}
+    inputs = backbone.input.tokenizer(["a"] * count, return_tensors="pt")
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def compute_in_fp32(layer: nn.Module) -> None:
+    """Let a layer leave autocast: in 16 bits logits lose the digits by which classes differ."""
+    layer.register_forward_pre_hook(_leave_autocast)
+    layer.register_forward_hook(_return_to_autocast, always_call=True)
+
+
+_left: list[torch.autocast | None] = []
+"""What the layers that are running now have left."""
+
+
+def _leave_autocast(layer: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    kind = inputs[0].device.type
+    context = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else None
+    _left.append(context)
+    if context is None:
+        return None
+    context.__enter__()
+    return tuple(
+        each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in inputs
+    )
+
+
+def _return_to_autocast(layer: nn.Module, inputs: Any, output: Any) -> None:
+    context = _left.pop()
+    if context is not None:
+        context.__exit__(None, None, None)
+
+
 class _Probe(nn.Module):
     """Stands where peft would put its wrapper around a layer, and notes what the network does with it."""
 
@@ -64,17 +101,12 @@ def unwrappable(backbone: Backbone, names: Iterable[str]) -> dict[str, str]:
     """
     model = backbone.model.eval()
     probes = {name: _Probe(model.get_submodule(name)) for name in names}
-    inputs: dict[str, Tensor]
-    if isinstance(backbone.input, ImageInput):
-        inputs = {"pixel_values": torch.zeros(1, len(backbone.input.mean), *backbone.input.size)}
-    else:
-        inputs = dict(backbone.input.tokenizer("a", return_tensors="pt"))
-    device = next(model.parameters()).device
+    inputs = sample_inputs(backbone, 1, next(model.parameters()).device)
     for name, probe in probes.items():
         model.set_submodule(name, probe)
     try:
         with torch.no_grad():
-            forward(model, {name: tensor.to(device) for name, tensor in inputs.items()})
+            forward(model, inputs)
     finally:
         for name, probe in probes.items():
             model.set_submodule(name, probe.layer)

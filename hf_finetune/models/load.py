@@ -26,7 +26,7 @@ from hf_finetune.models.anatomies import module_groups, output_layers, timm_anat
 from hf_finetune.models.anatomy import HEAD, Anatomy
 from hf_finetune.models.backbone import Backbone, ImageInput, LoadReport, Modality, TextInput
 from hf_finetune.models.convert import labels_of, unpickled
-from hf_finetune.models.forward import forward
+from hf_finetune.models.forward import compute_in_fp32, forward
 from hf_finetune.models.inputs import (
     load_processor,
     load_text_input,
@@ -88,24 +88,24 @@ def load_backbone(spec: BackboneSpec, labels: Labels, modality: Modality, *, see
 
 def save_backbone(backbone: Backbone, folder: Path, labels: Labels) -> None:
     """Write a backbone to `folder`, where its own library and `load_backbone` find it with equal outputs."""
-    if isinstance(backbone.input, ImageInput) and backbone.library == "timm":
-        load_timm.save(backbone.model, backbone.input, folder, labels)
-    else:
-        from hf_finetune.models import load_transformers
-
-        beside = backbone.input.tokenizer if isinstance(backbone.input, TextInput) else backbone.processor
-        load_transformers.save(backbone.model, beside, folder, labels)
+    library, beside = _library(backbone)
+    library.save(backbone.model, beside, folder, labels)
 
 
 def save_beside(backbone: Backbone, folder: Path, labels: Labels) -> None:
     """Write what stands beside the weights: config.json with the labels, and the processor or tokenizer."""
-    if isinstance(backbone.input, ImageInput) and backbone.library == "timm":
-        load_timm.save_config(backbone.model, backbone.input, folder, labels)
-    else:
-        from hf_finetune.models import load_transformers
+    library, beside = _library(backbone)
+    library.save_config(backbone.model, beside, folder, labels)
 
-        beside = backbone.input.tokenizer if isinstance(backbone.input, TextInput) else backbone.processor
-        load_transformers.save_config(backbone.model, beside, folder, labels)
+
+def _library(backbone: Backbone) -> tuple[Any, Any]:
+    """Return the module that saves for a backbone's library, and what it saves beside the weights."""
+    if backbone.library == "timm":
+        return load_timm, backbone.input
+    from hf_finetune.models import load_transformers
+
+    beside = backbone.input.tokenizer if isinstance(backbone.input, TextInput) else backbone.processor
+    return load_transformers, beside
 
 
 def checkpoint_gradients(backbone: Backbone) -> None:
@@ -137,7 +137,7 @@ def _load_timm(spec: BackboneSpec, source: Source, labels: Labels, modality: Mod
         )
     model, loading, keeps_outputs = load_timm.build(spec, source, labels)
     read = timm_input(where, model)
-    outputs = output_layers(where, model, labels.outputs)
+    outputs = _outputs(where, model, labels)
     new = _new(spec, model, loading)
     anatomy = timm_anatomy(model, outputs, new=new)
     report = _report(spec, source, model, anatomy, loading, kept_head=spec.pretrained and keeps_outputs)
@@ -157,7 +157,7 @@ def _load_transformers(spec: BackboneSpec, source: Source, labels: Labels, modal
     folder = source.readable
     assert folder is not None
     model, loading, keeps_outputs = load_transformers.build(spec, source, labels, modality)
-    outputs = output_layers(where, model, labels.outputs)
+    outputs = _outputs(where, model, labels)
     if spec.pretrained and not keeps_outputs:
         inside = {f"{path}.{name}" for path, layer in outputs.items() for name, _ in layer.named_parameters()}
         for layer in outputs.values():
@@ -285,6 +285,14 @@ def _too_little(spec: BackboneSpec, report: LoadReport) -> str:
         + " Is it the checkpoint of this architecture, with these options? If so, lower "
         "`backbone.min_loaded`; to train from random weights set `backbone.pretrained: false`."
     )
+
+
+def _outputs(where: str, model: nn.Module, labels: Labels) -> dict[str, nn.Module]:
+    """Return the output layers by name; they compute in fp32 whatever the others do."""
+    outputs = output_layers(where, model, labels.outputs)
+    for layer in outputs.values():
+        compute_in_fp32(layer)
+    return outputs
 
 
 def _start_outputs(spec: BackboneSpec, outputs: Mapping[str, nn.Module], new: frozenset[str]) -> None:
