@@ -13,22 +13,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_finetune.data.loaders import EvalSet, collate
-from hf_finetune.data.spec import DataSpec
-from hf_finetune.data.splits import load_split, load_splits
-from hf_finetune.errors import DataError, FinetuneError, UserError, did_you_mean
+from hf_finetune.errors import FinetuneError, UserError, did_you_mean
 from hf_finetune.models.backbone import Backbone, ImageInput, TextInput
 from hf_finetune.models.load import forward, save_beside
 from hf_finetune.runfolder import load_run, writing
-from hf_finetune.trained import Trained
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from hf_finetune.trained import Trained, rows_of
 
 FORMATS = {"onnx": "onnx/model.onnx", "torch": "model.pt2"}
 """Format -> its file: where optimum and transformers.js look for it."""
@@ -132,37 +127,12 @@ class _Samples:
 
 def _samples(place: str, trained: Trained, options: Sequence[str]) -> _Samples:
     """Return some rows to trace and check with."""
-    rows = _rows(place, trained, options)
+    rows = rows_of(place, trained, options, labelled=False).rows
     count = min(SAMPLES, len(rows))
     rows = rows.select([index * len(rows) // count for index in range(count)])
     read = trained.backbone.input
     data = EvalSet(rows, trained.labels, read, max_length=trained.recipe.data.max_length)
     return _Samples(data, read.tokenizer if isinstance(read, TextInput) else None)
-
-
-def _rows(place: str, trained: Trained, options: Sequence[str]) -> Dataset:
-    given: dict[str, str] = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals or key not in ("data", "split"):
-            raise UserError(f"'{option}': give data=… and split=….{did_you_mean(key, ('data', 'split'))}")
-        given[key] = value
-    recipe, spec, split = trained.recipe, trained.recipe.data, given.get("split", "validation")
-    if "data" in given:
-        spec = DataSpec(
-            path=given["data"], columns=spec.columns, labels=spec.labels, max_length=spec.max_length
-        )
-    elif split == "validation":
-        try:
-            return load_splits(spec, seed=recipe.training.seed, task=recipe.task).validation
-        except DataError as error:
-            raise UserError(
-                f"{place}: the data of this run, which the file is checked with, cannot be read: {error}\n"
-                "Give other samples of its kind: data=… split=…"
-            ) from None
-    return load_split(
-        spec, split, trained.labels, seed=recipe.training.seed, task=recipe.task, labelled=False
-    )
 
 
 # ---- one network, traced -------------------------------------------------------------------------------------------

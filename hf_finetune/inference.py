@@ -20,9 +20,7 @@ from torch import nn
 from hf_finetune.data.checks import read_image
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.loaders import EvalSet, eval_loader
-from hf_finetune.data.spec import DataSpec
-from hf_finetune.data.splits import load_split, load_splits
-from hf_finetune.errors import DataError, UserError, did_you_mean
+from hf_finetune.errors import UserError, did_you_mean
 from hf_finetune.evaluation import Evaluation, evaluate, to_device
 from hf_finetune.models.forward import placed
 from hf_finetune.models.load import forward
@@ -33,7 +31,7 @@ from hf_finetune.setup import process_state
 from hf_finetune.tasks import TASKS
 from hf_finetune.tasks.loss import probabilities
 from hf_finetune.tasks.metrics import EVALUATE_PREFIX, default_metric
-from hf_finetune.trained import Trained, load_trained
+from hf_finetune.trained import Trained, load_trained, rows_of
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 TEXT_SUFFIXES = (".txt", ".csv", ".jsonl")
@@ -49,26 +47,10 @@ def evaluate_model(place: str, options: Sequence[str]) -> Evaluation:
         place: run folder, model folder or Hub repository.
         options: `data=…` (another data set of the same labels) and `split=…`; the run's validation split otherwise.
     """
-    asked = _options(options, ("data", "split"))
     trained = load_trained(place)
     recipe, labels = trained.recipe, trained.labels
-    spec, split = recipe.data, asked.get("split", "validation")
-    if "data" in asked:
-        spec = DataSpec(
-            path=asked["data"], columns=spec.columns, labels=spec.labels, max_length=spec.max_length
-        )
-        rows = load_split(spec, split, labels, seed=recipe.training.seed, task=recipe.task)
-    else:
-        if trained.data_commit:
-            spec = spec.model_copy(update={"revision": trained.data_commit})
-        try:
-            rows = _own_rows(place, spec, split, trained)
-        except DataError as error:
-            if trained.recorded is not None:
-                raise
-            raise DataError(
-                f"{error} That is the data which the recipe of {place} names; give it with data=PATH."
-            ) from None
+    found = rows_of(place, trained, options)
+    rows, split = found.rows, found.split
     if "label" not in rows.column_names:
         raise UserError(f"{place}: split '{split}' has no labels to measure against; `predict` needs none.")
     accelerator = _accelerator(recipe)
@@ -76,31 +58,16 @@ def evaluate_model(place: str, options: Sequence[str]) -> Evaluation:
     loader = _loader(rows, trained, accelerator)
     result = evaluate(model, loader, labels, _metrics(trained), accelerator)
     if accelerator.is_main_process:
-        where = f"{spec.path}, split {split}: {len(rows)} rows"
+        where = f"{found.path}, split {split}: {len(rows)} rows"
         commit = f" (commit {trained.repository.commit[:12]})" if trained.repository else ""
         print_table(
             f"{place}{commit} on {where}",
             ["metric", "value"],
             [*result.metrics.items(), ("loss", result.loss)],
         )
-        if trained.recorded and split == "validation" and "data" not in asked:
+        if trained.recorded and split == "validation" and found.own:
             _say(f"recorded by the run: {trained.recorded['metric']} {trained.recorded['value']:.4f}")
     return result
-
-
-def _own_rows(place: str, spec: DataSpec, split: str, trained: Trained) -> Dataset:
-    """Return the rows of a split of the data that a model was trained with."""
-    recipe, labels = trained.recipe, trained.labels
-    if split not in {"train", "validation"} and not (split == "test" and spec.test is not None):
-        return load_split(spec, split, labels, seed=recipe.training.seed, task=recipe.task)
-    splits = load_splits(spec, seed=recipe.training.seed, task=recipe.task)
-    if splits.labels != labels:
-        raise UserError(
-            f"{place}: the model knows the labels {', '.join(labels.names)}; its data now has "
-            f"{', '.join(splits.labels.names)}. Give the data it was trained with, or data=…"
-        )
-    rows: Dataset = getattr(splits, split)
-    return rows
 
 
 def _metrics(trained: Trained) -> list[str]:
@@ -278,18 +245,6 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     """Return an accelerator in the precision the model was measured in."""
     process_state()
     return accelerator_in(recipe.training.precision)
-
-
-def _options(options: Sequence[str], allowed: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals or key not in allowed:
-            raise UserError(
-                f"'{option}': give {' and '.join(f'{name}=…' for name in allowed)}.{did_you_mean(key, allowed)}"
-            )
-        found[key] = value
-    return found
 
 
 def _say(text: str) -> None:

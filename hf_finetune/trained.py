@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_finetune.data.labels import Labels
-from hf_finetune.errors import ModelError, UserError
+from hf_finetune.data.spec import DataSpec
+from hf_finetune.data.splits import load_split, load_splits
+from hf_finetune.errors import DataError, ModelError, UserError, did_you_mean
 from hf_finetune.fetch import Pinned
 from hf_finetune.models.layout import ADAPTER_CONFIG
 from hf_finetune.models.load import Backbone, load_backbone
@@ -17,6 +20,9 @@ from hf_finetune.models.source import find_trained
 from hf_finetune.recipe import Recipe, load_recipe
 from hf_finetune.runfolder import MODEL, RECIPE, STATUS, load_run
 from hf_finetune.tasks import TASKS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,65 @@ def load_trained(place: str) -> Trained:
             f"{place}: {backbone.report.new[0]} is not in the model's weights; the folder is damaged."
         )
     return Trained(recipe, labels, backbone, recorded, data_commit, repository)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows of a split, and where they were found."""
+
+    rows: Dataset
+    path: str | list[str]
+    split: str
+    own: bool
+    """They are of the data that the model was trained with."""
+
+
+def rows_of(place: str, trained: Trained, options: Sequence[str], *, labelled: bool = True) -> Found:
+    """Return the validation rows a model was measured on, or those that `data=…` and `split=…` name.
+
+    Args:
+        place: where the model lies, for error texts.
+        trained: the model.
+        options: `data=…` (another data set of the same labels), `split=…`.
+        labelled: whether rows of other data need labels.
+
+    Raises:
+        UserError: an option is no such, or the model's own data has other labels by now.
+        DataError: the data cannot be read.
+    """
+    asked: dict[str, str] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or key not in ("data", "split"):
+            raise UserError(f"'{option}': give data=… and split=….{did_you_mean(key, ('data', 'split'))}")
+        asked[key] = value
+    recipe, labels, split = trained.recipe, trained.labels, asked.get("split", "validation")
+    spec, seed, task = recipe.data, recipe.training.seed, recipe.task
+    if "data" in asked:
+        spec = DataSpec(
+            path=asked["data"], columns=spec.columns, labels=spec.labels, max_length=spec.max_length
+        )
+        rows = load_split(spec, split, labels, seed=seed, task=task, labelled=labelled)
+        return Found(rows, spec.path, split, own=False)
+    if trained.data_commit:
+        spec = spec.model_copy(update={"revision": trained.data_commit})
+    try:
+        if split not in {"train", "validation"} and not (split == "test" and spec.test is not None):
+            rows = load_split(spec, split, labels, seed=seed, task=task, labelled=labelled)
+            return Found(rows, spec.path, split, own=True)
+        splits = load_splits(spec, seed=seed, task=task)
+    except DataError as error:
+        if trained.recorded is not None:
+            raise
+        raise DataError(
+            f"{error} That is the data which the recipe of {place} names; give it with data=PATH."
+        ) from None
+    if splits.labels != labels:
+        raise UserError(
+            f"{place}: the model knows the labels {', '.join(labels.names)}; its data now has "
+            f"{', '.join(splits.labels.names)}. Give the data it was trained with, or data=…"
+        )
+    return Found(getattr(splits, split), spec.path, split, own=True)
 
 
 def _refuse_foreign_code(place: str, recipe: Recipe, *, is_adapter: bool) -> None:

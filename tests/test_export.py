@@ -156,7 +156,7 @@ def test_gone_data_and_other_samples(trained: Any, tmp_path: Path) -> None:
         if file.name == "recipe.yaml":
             text = text.replace(runs.images().encode(), b"/nowhere/at/all")
         (folder / file.name).write_bytes(text)
-    with pytest.raises(UserError, match=r"cannot be read: .*(\n.*)*Give other samples of its kind: data="):
+    with pytest.raises(UserError, match=r"the data which the recipe of .* names; give it with data="):
         export_model(str(folder), form="torch")
     given = [f"data={runs.images()}", "split=train"]
     assert export_model(str(folder), form="torch", output=str(tmp_path / "out"), options=given).path.is_file()

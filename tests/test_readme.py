@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from hf_finetune.cli import app, main
-from hf_finetune.recipe import load_recipe, parse_recipe, shipped_recipes
+from hf_finetune.recipe import dump_recipe, load_recipe, parse_recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_finetune"
@@ -122,7 +122,10 @@ def recipe_blocks() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "text"), recipe_blocks(), ids=lambda value: value.splitlines()[0])
 def test_a_recipe_loads(page: str, text: str) -> None:
-    parse_recipe(yaml.safe_load(text))
+    loaded = parse_recipe(yaml.safe_load(text))
+    assert parse_recipe(yaml.safe_load(dump_recipe(loaded))) == loaded, (
+        "written out in full it is the same recipe"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -9,6 +9,7 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
+import yaml
 
 from broken_recipes import BROKEN, Broken
 from hf_finetune.augment.spec import AUGMENTATIONS
@@ -176,7 +177,10 @@ SOUND = [
 
 @pytest.mark.parametrize(("text", "overrides"), [case[1:] for case in SOUND], ids=[case[0] for case in SOUND])
 def test_a_sound_recipe_loads(text: str, overrides: tuple[str, ...]) -> None:
-    load_recipe(write(text if "strategy:" in text else f"strategy: full\n{text}"), overrides)
+    loaded = load_recipe(write(text if "strategy:" in text else f"strategy: full\n{text}"), overrides)
+    assert parse_recipe(yaml.safe_load(dump_recipe(loaded))) == loaded, (
+        "written out in full it is the same recipe"
+    )
 
 
 # -------------------------------------------------------------------------------------------- YAML and forms
