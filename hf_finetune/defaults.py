@@ -252,8 +252,9 @@ def _resolve_strategy(
         "layer_decay": (start.layer_decay, source),
         "batch_norm": (batch_norm, why_batch_norm),
     }
-    if getattr(strategy, "layer_decay", None) is not None:
-        values["backbone_lr"] = (None, "layer_decay rates the backbone")
+    for rater in ("layer_decay", "decay"):
+        if getattr(strategy, rater, None) is not None:
+            values["backbone_lr"] = (None, f"{rater} rates the backbone")
     updates: dict[str, Any] = {}
     choices = []
     for field, (value, why) in values.items():

@@ -876,6 +876,19 @@ BROKEN = [
         """,
     ),
     Broken(
+        "two ways to rate layers, unfrozen one by one",
+        """
+        strategy: {name: gradual, backbone_lr: 0.1x, decay: 2.6}
+        """,
+        """
+        recipe.yaml:1: strategy.decay
+          given 2.6, with strategy.backbone_lr: 0.1x (recipe.yaml:1)
+          `backbone_lr` and `decay` both rate the backbone's layers
+          keep one, remove the other
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
         "two ways to rate layers in a phase",
         """
         strategy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hf_finetune.models.anatomy import HEAD, Anatomy
 from hf_finetune.monitor import PatienceSpec
@@ -23,19 +23,29 @@ class Gradual(StrategySpec):
     """With `every: plateau`, the evaluations without improvement that unfreeze the next group."""
     groups: Annotated[int, Field(ge=1)] = 1
     """Layer groups unfrozen at a time."""
-    backbone_lr: RateField | Auto = "auto"
-    """Rate of unfrozen backbone layers."""
+    backbone_lr: RateField | Auto | None = "auto"
+    """Rate of unfrozen backbone layers; null with `decay`."""
     decay: Annotated[float, Field(ge=1)] | None = None
     """Instead of one backbone rate: each layer group runs at 1/decay of the one above it (ULMFiT: 2.6)."""
     batch_norm: BatchNorm = "auto"
     """BatchNorm layers: `frozen`, `adapt` or `train`, as in a phase; auto = by the number of training samples."""
 
+    @model_validator(mode="after")
+    def _one_way_to_rate_layers(self) -> Gradual:
+        if self.decay is not None and self.backbone_lr not in (None, "auto"):
+            raise ValueError(
+                "`backbone_lr` and `decay` both rate the backbone's layers: keep one, remove the other"
+            )
+        return self
+
     def to_phases(self, anatomy: Anatomy) -> list[Phase]:
         depth = len(anatomy.groups)
         opened = [*range(1, depth, self.groups), depth]
-        rates: dict[str, Any] = {"backbone_lr": resolved(self.backbone_lr)}
+        rates: dict[str, Any]
         if self.decay is not None:
             rates = {"layer_decay": 1 / self.decay}
+        else:
+            rates = {"backbone_lr": resolved(self.backbone_lr)}
         span: dict[str, Any] = {"for_": self.every}
         if self.every == "plateau":
             span = {"until": PlateauSpec(plateau=PatienceSpec(patience=self.patience))}
