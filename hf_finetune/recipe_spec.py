@@ -61,6 +61,8 @@ class TrainingSpec(Spec):
     precision: Precision = "auto"
     """Number format of the forward pass; auto = the fastest this hardware does well. Weights, output layer and loss
     are fp32 in all of them."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Run the training step through `torch.compile`; auto = on a GPU, where phases are long enough to pay for it."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of all gradients together; null clips nothing."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from hf_finetune import host
 from hf_finetune.augment.presets import resolve_augment
 from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, AugmentationSpec
+from hf_finetune.compilation import resolve_compile
 from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, train_loader
 from hf_finetune.data.splits import Splits, load_splits
 from hf_finetune.data.targets import class_weights
@@ -198,6 +199,11 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
             f"the last one reached trains {reached[-1].name}"
         )
     check_head_learns(reached, backbone.anatomy)
+    compiling, why = resolve_compile(recipe.training.compile, device, timeline.total_steps, len(reached))
+    if recipe.training.compile == "auto":
+        resolved.append(Choice("training.compile", compiling, why))
+        training = recipe.training.model_copy(update={"compile": compiling})
+        recipe = recipe.model_copy(update={"training": training})
     groups = group_parameters(reached, backbone.anatomy)
     # An optimizer that cannot be built is refused here, before a run folder is made for it.
     build_optimizer(recipe.optimizer, groups, dict(backbone.model.named_parameters()))

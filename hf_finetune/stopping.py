@@ -59,6 +59,12 @@ def named_failures(micro_batch_size: int) -> Iterator[None]:
             "gradients accumulate to the same batch_size, so the result stays the same."
         ) from None
     except RuntimeError as error:
+        if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):  # both import slowly
+            first = next(iter(str(error).strip().splitlines()), "")
+            raise TrainingError(
+                f"the training step could not be compiled ({type(error).__name__}: {first}). "
+                "Set training.compile: off; on a CPU torch.compile needs a C++ compiler."
+            ) from error
         if not is_lost_peer(error):
             raise
         raise TrainingError("another process of this run has ended; it said why, if it still could") from None

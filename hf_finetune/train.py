@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from hf_finetune.augment.batch import mix, mixers
+from hf_finetune.compilation import compiled
 from hf_finetune.data.loaders import iterate_batches
 from hf_finetune.data.targets import soft_targets
 from hf_finetune.errors import Interrupted
@@ -160,6 +161,8 @@ def _train(
                 return "interrupted", str(stopped)
             record.log_features(at.phase, source.note)
             wrapped, batches = _wrap(accelerator, model), None
+            if training.compile == "on" and source.train is feed.plain.train:  # layers above features are few
+                wrapped = compiled(wrapped)
             clock += time.monotonic() - entering  # that does not count as training time
 
         if not at.due:

@@ -238,7 +238,7 @@ BROKEN = [
         recipe.yaml:3: training.epoch
           unknown key, given 3
           did you mean 'epochs'?
-          allowed: epochs, steps, batch_size, micro_batch_size, precision, clip_norm, label_smoothing, ema, gradient_checkpointing, checkpoint, max_hours, reload_check, seed
+          allowed: epochs, steps, batch_size, micro_batch_size, precision, compile, clip_norm, label_smoothing, ema, gradient_checkpointing, checkpoint, max_hours, reload_check, seed
         1 problem in recipe.yaml
         """,
     ),
@@ -556,7 +556,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:2: training
-          given null; allowed: a section with epochs, steps, batch_size, micro_batch_size, precision, clip_norm, label_smoothing, ema, gradient_checkpointing, checkpoint, max_hours, reload_check, seed
+          given null; allowed: a section with epochs, steps, batch_size, micro_batch_size, precision, compile, clip_norm, label_smoothing, ema, gradient_checkpointing, checkpoint, max_hours, reload_check, seed
           remove the line, or write keys below it
         recipe.yaml:3: epochs
           unknown key, given 3
@@ -573,7 +573,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:2: training
-          given 3; allowed: a section with epochs, steps, batch_size, micro_batch_size, precision, clip_norm, label_smoothing, ema, gradient_checkpointing, checkpoint, max_hours, reload_check, seed
+          given 3; allowed: a section with epochs, steps, batch_size, micro_batch_size, precision, compile, clip_norm, label_smoothing, ema, gradient_checkpointing, checkpoint, max_hours, reload_check, seed
         recipe.yaml:3: data.path
           given {train: a.csv}; allowed: text or a list of texts, not empty
         2 problems in recipe.yaml

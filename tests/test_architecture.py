@@ -33,7 +33,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         {"checks", "foreign_names", "recipe", "recipe_errors", "recipe_layers", "recipe_schema", "recipe_spec",
          "yaml_source"},
     ),
-    ("plan: a recipe on one backbone, one data set, one machine", {"defaults", "precision", "timeline", "setup"}),
+    ("plan: a recipe on one backbone, one data set, one machine", {"compilation", "defaults", "precision", "timeline", "setup"}),
     (
         "run: the loop and what it leaves behind",
         {"checkpoint", "features.feed", "hub", "position", "record", "resume", "runlock", "stopping", "together", "train", "trained"},
