@@ -26,6 +26,7 @@ from hf_finetune.errors import RecipeError, UserError
 from hf_finetune.features.spec import CacheSpec
 from hf_finetune.models.load import Backbone, ImageInput, checkpoint_gradients, load_backbone
 from hf_finetune.optim import ParamGroup, build_optimizer, group_parameters
+from hf_finetune.parallel import unseen
 from hf_finetune.precision import resolve_precision
 from hf_finetune.recipe import Recipe
 from hf_finetune.strategies.phase import PhasePlan, check_head_learns, plan_phases
@@ -120,7 +121,8 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         from hf_finetune.models.quantize import check_device
 
         check_device(recipe.backbone.quantize, device)
-    backbone = load_backbone(recipe.backbone, splits.labels, splits.modality, seed=seed)
+    with unseen():
+        backbone = load_backbone(recipe.backbone, splits.labels, splits.modality, seed=seed)
 
     image_side = min(backbone.input.size) if isinstance(backbone.input, ImageInput) else None
     sides = [side for side in (image_side, splits.report.image_side) if side]

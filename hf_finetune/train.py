@@ -9,9 +9,8 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
-from torch import nn
 
 from hf_finetune.augment.batch import mix, mixers
 from hf_finetune.data.loaders import iterate_batches
@@ -23,6 +22,7 @@ from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_t
 from hf_finetune.models.forward import placed
 from hf_finetune.monitor import Watch
 from hf_finetune.optim import build_optimizer, set_rates
+from hf_finetune.parallel import holding, share_buffers, share_out, wrap
 from hf_finetune.position import Position, restore, store
 from hf_finetune.progress import Progress
 from hf_finetune.recipe import Recipe
@@ -107,12 +107,15 @@ def _train(
     set_seed(training.seed, device_specific=True)
 
     model = placed(setup.backbone.model, device, splits.modality)
-    feed = Feed(setup, accelerator, model)
-    scope, adapter = FreezeScope(model), setup.backbone.adapter
-    optimizer = build_optimizer(recipe.optimizer, setup.groups, dict(model.named_parameters()))
-    optimizer = accelerator.prepare_optimizer(optimizer)
     ema = ModelEmaV3(model, decay=float(training.ema.decay)) if training.ema else None
     measured = ema.module if ema else model
+    held = [model, measured] if ema else [model]
+    record.whole = together(partial(share_out, setup.backbone, held, accelerator))
+    feed = Feed(setup, accelerator, model)
+    scope, adapter = FreezeScope(model), setup.backbone.adapter
+    shared, named = holding(world) == "fsdp2", dict(model.named_parameters())
+    optimizer = build_optimizer(recipe.optimizer, setup.groups, named, shared=shared)
+    optimizer = accelerator.prepare_optimizer(optimizer)
 
     mixing = mixers(setup.augmentations)
     class_weight = torch.tensor(setup.class_weights, device=device) if setup.class_weights else None
@@ -145,8 +148,7 @@ def _train(
                 named = f"phase {at.phase + 1} of {len(setup.plans)} from step {at.step}"
                 progress.say(f"{named}: {setup.plans[at.phase].name} learns")
         if entered != at.phase:
-            # Other layers learn from here on. DDP hooks the parameters that need gradients when it wraps, so the
-            # model is wrapped anew after `requires_grad` has changed.
+            # Other layers learn from here on.
             if entered >= 0:
                 together(partial(check_frozen, model, setup.plans[entered], still))
             entered, plan = at.phase, setup.plans[at.phase]
@@ -159,7 +161,7 @@ def _train(
                 save()
                 return "interrupted", str(stopped)
             record.log_features(at.phase, source.note)
-            wrapped, batches = _wrap(accelerator, model), None
+            wrapped, batches = wrap(accelerator, model), None
             clock += time.monotonic() - entering  # that does not count as training time
 
         if not at.due:
@@ -235,7 +237,7 @@ def _train(
             return "interrupted", why
         if at.due:
             if world > 1:
-                _share_buffers(measured)
+                share_buffers(measured)
             try:
                 result = evaluate(
                     measured,
@@ -281,16 +283,3 @@ def _train(
     if watch.early and watch.stops:
         return "done", f"no better {monitor.metric} in {watch.early.patience} evaluations"
     return "done", "all steps done"
-
-
-def _wrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """Return `model` as its processes train it together; an earlier wrapping is taken off first."""
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    accelerator._models.clear()
-    return model if accelerator.num_processes == 1 else accelerator.prepare_model(model)
-
-
-def _share_buffers(model: nn.Module) -> None:
-    """Give every process the main one's buffers, as kept with the model: each has statistics of its own share."""
-    for buffer in model.buffers():
-        broadcast(buffer)

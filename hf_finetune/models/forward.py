@@ -34,6 +34,13 @@ def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return logits
 
 
+def trial_inputs(backbone: Backbone) -> dict[str, Tensor]:
+    """Return the smallest batch that the backbone runs on."""
+    if isinstance(backbone.input, ImageInput):
+        return {"pixel_values": torch.zeros(1, len(backbone.input.mean), *backbone.input.size)}
+    return dict(backbone.input.tokenizer("a", return_tensors="pt"))
+
+
 class _Probe(nn.Module):
     """Stands where peft would put its wrapper around a layer, and notes what the network does with it."""
 
@@ -64,11 +71,7 @@ def unwrappable(backbone: Backbone, names: Iterable[str]) -> dict[str, str]:
     """
     model = backbone.model.eval()
     probes = {name: _Probe(model.get_submodule(name)) for name in names}
-    inputs: dict[str, Tensor]
-    if isinstance(backbone.input, ImageInput):
-        inputs = {"pixel_values": torch.zeros(1, len(backbone.input.mean), *backbone.input.size)}
-    else:
-        inputs = dict(backbone.input.tokenizer("a", return_tensors="pt"))
+    inputs = trial_inputs(backbone)
     device = next(model.parameters()).device
     for name, probe in probes.items():
         model.set_submodule(name, probe)
