@@ -95,7 +95,9 @@ def save_shares(aside: Path, parts: Mapping[str, Tensors], *, process: int, proc
         FinetuneError: they cannot be written.
     """
     files = {
-        part: aside / f"{part}-{process + 1:05d}-of-{processes:05d}.safetensors" for part in parts if parts[part]
+        part: aside / f"{part}-{process + 1:05d}-of-{processes:05d}.safetensors"
+        for part in parts
+        if parts[part]
     }
     with writing(aside):
         for part, file in files.items():
@@ -136,7 +138,9 @@ def save_checkpoint(
                 if tensors:
                     _save_tensors(aside / f"{part}.safetensors", tensors)
             write_text(aside / STATE, json.dumps(state))
-            written |= {file.name: _facts(file) for file in sorted(aside.iterdir()) if file.name not in written}
+            written |= {
+                file.name: _facts(file) for file in sorted(aside.iterdir()) if file.name not in written
+            }
             write_text(aside / MANIFEST, json.dumps({"step": step, "files": written}))
             sync_folder(aside)
             aside.rename(final)
@@ -156,7 +160,9 @@ def save_checkpoint(
 
 def _free_name(folder: Path, step: int) -> str:
     name = f"step-{step:08d}"
-    while (folder / name).exists():  # of this very step there is one already: it stays until the new one is whole
+    while (
+        folder / name
+    ).exists():  # of this very step there is one already: it stays until the new one is whole
         name += "+"
     return name
 

@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 # torch's own fused implementations run one kernel for all tensors of a group, on CPU as well as on CUDA.
 _FUSED = frozenset({"adam", "adamw", "sgd"})
 _UNFUSED_WHEN_SHARED = frozenset({"sgd"})
+SHAREABLE = frozenset(
+    ["adabelief", "adadelta", "adafactor", "adafactorbv", "adafactorbvc", "adagrad", "adam", "adamax",
+     "adamc", "adamw", "adamwlegacy", "adan", "adanw", "adopt", "adoptc", "adoptw", "lamb", "lambc", "lambcd",
+     "lambcw", "lambw", "laprop", "lapropc", "larc", "lars", "lion", "lionc", "madgrad", "madgradw",
+     "momentum", "nadam", "nadamc", "nadamlegacy", "nadamw", "nesterov", "nesterovw", "nlarc", "nlars",
+     "radabelief", "radam", "radamlegacy", "radamw", "rmsprop", "rmsproptf", "rmsproptfc", "rmsproptfw",
+     "sgd", "sgdc", "sgdw"]
+)  # fmt: skip
+"""Optimizers that were seen to make the same steps where processes share out every parameter (FSDP2) as in one process.
+
+Others fail there, or go elsewhere without a word: Muon's steps are functions of whole matrices."""
 # Needs a second backward pass through the graph, which the loop does not make.
 _SECOND_ORDER = frozenset({"adahessian"})
 

@@ -35,8 +35,8 @@ UNIT_SHARE = 0.01
 
 _REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": (
-        "DeepSpeed is not supported. Its ZeRO stages 2 and 3 are FSDP2 with `fsdp_reshard_after_forward` false and true: "
-        "take scripts/launch/fsdp.yaml."
+        "DeepSpeed is not supported. Its ZeRO stages 2 and 3 are FSDP2 with `fsdp_reshard_after_forward` false and "
+        "true: take scripts/launch/fsdp.yaml."
     ),
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported. Take scripts/launch/fsdp.yaml or ddp.yaml.",
     "ACCELERATE_USE_PARALLELISM_CONFIG": (
@@ -113,7 +113,9 @@ def share_out(backbone: Backbone, models: Sequence[nn.Module], accelerator: Acce
     reshard = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
     where = f"backbone '{backbone.source['id']}'"
     if scalars := [name for name, p in backbone.model.named_parameters() if not p.ndim]:
-        raise ModelError(f"{where}: {scalars[0]} is a single number, which FSDP2 cannot share out. Train with DDP.")
+        raise ModelError(
+            f"{where}: {scalars[0]} is a single number, which FSDP2 cannot share out. Train with DDP."
+        )
     try:
         for model in models:
             for parameter in model.parameters():
@@ -124,7 +126,14 @@ def share_out(backbone: Backbone, models: Sequence[nn.Module], accelerator: Acce
             with torch.no_grad():
                 forward(model.eval(), inputs)
             _reshard(model)
-    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, NotImplementedError) as error:
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{where}: {backbone.source['architecture']} does not run with its parameters shared out by FSDP2 "
@@ -230,7 +239,10 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def split_shares(parts: Mapping[str, Mapping[str, Tensor]]) -> tuple[Parts, Parts]:
     """Return of tensors by part and name those that every process holds alike, and this process's shares of others."""
-    alike = {part: {n: t for n, t in tensors.items() if not isinstance(t, DTensor)} for part, tensors in parts.items()}
+    alike = {
+        part: {n: t for n, t in tensors.items() if not isinstance(t, DTensor)}
+        for part, tensors in parts.items()
+    }
     shares = {
         part: found
         for part, tensors in parts.items()

@@ -85,7 +85,8 @@ def store(
         "total_steps": setup.timeline.total_steps,
     }
     alike, shares = split_shares(parts)
-    begun, files = None, {}
+    begun: Path | None = None
+    files: dict[str, Any] = {}
     if shares:
         me = {"process": accelerator.process_index, "processes": accelerator.num_processes}
         begun = together(lambda: begin_checkpoint(folder, at.step), main_only=True)

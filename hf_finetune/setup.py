@@ -25,8 +25,8 @@ from hf_finetune.defaults import Choice, resolve
 from hf_finetune.errors import RecipeError, UserError
 from hf_finetune.features.spec import CacheSpec
 from hf_finetune.models.load import Backbone, ImageInput, checkpoint_gradients, load_backbone
-from hf_finetune.optim import ParamGroup, build_optimizer, group_parameters
-from hf_finetune.parallel import unseen
+from hf_finetune.optim import SHAREABLE, ParamGroup, build_optimizer, group_parameters
+from hf_finetune.parallel import holding, unseen
 from hf_finetune.precision import resolve_precision
 from hf_finetune.recipe import Recipe
 from hf_finetune.strategies.phase import PhasePlan, check_head_learns, plan_phases
@@ -101,6 +101,8 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         RecipeError: the recipe does not fit the data, the backbone or the hardware.
     """
     _check_trackers(recipe)
+    if holding(world_size) == "fsdp2":
+        _check_shareable(recipe)
     choices: list[Choice] = []
     seed = recipe.training.seed
     splits = load_splits(recipe.data, seed=seed, task=recipe.task)
@@ -162,6 +164,10 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
 
     timeline = build_timeline(recipe, len(splits.train))
     micro_batch_size = _micro_batch_size(recipe, world_size)
+    if holding(world_size) == "fsdp2" and precision == "fp16":
+        raise RecipeError(
+            f"{recipe.where('training.precision')}: fp16 is not supported under FSDP2. Use bf16 or fp32, or DDP."
+        )
     recipe, resolved = resolve(
         recipe,
         anatomy=backbone.anatomy,
@@ -219,6 +225,26 @@ def _found(backbone: Backbone) -> list[str]:
             "(backbone.keep_head=false starts a new one)"
         )
     return notes
+
+
+def _check_shareable(recipe: Recipe) -> None:
+    """Refuse what does not work where processes share out every parameter (FSDP2)."""
+    adapter, name = recipe.strategy.to_adapter(), recipe.optimizer.name
+    if recipe.backbone.quantize:
+        raise RecipeError(
+            f"{recipe.where('backbone.quantize')}: quantised weights cannot be shared out by FSDP2. Remove it, or "
+            "train with DDP: each process then holds the quantised backbone."
+        )
+    if name != "auto" and name not in SHAREABLE:
+        raise RecipeError(
+            f"{recipe.where('optimizer.name')}: '{name}' does not make the same steps under FSDP2 as in one process. "
+            f"Those that do: {', '.join(sorted(SHAREABLE))}. Or train with DDP."
+        )
+    if adapter and adapter.method == "adalora":
+        raise RecipeError(
+            f"{recipe.where('strategy')}: adalora moves ranks between whole matrices, which FSDP2 shares out. Take "
+            "lora or dora, or train with DDP."
+        )
 
 
 def _check_trackers(recipe: Recipe) -> None:

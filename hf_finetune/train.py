@@ -22,7 +22,7 @@ from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_t
 from hf_finetune.models.forward import placed
 from hf_finetune.monitor import Watch
 from hf_finetune.optim import build_optimizer, set_rates
-from hf_finetune.parallel import holding, share_buffers, share_out, wrap
+from hf_finetune.parallel import holding, share_buffers, share_out, whole, wrap
 from hf_finetune.position import Position, restore, store
 from hf_finetune.progress import Progress
 from hf_finetune.recipe import Recipe
@@ -113,8 +113,8 @@ def _train(
     record.whole = together(partial(share_out, setup.backbone, held, accelerator))
     feed = Feed(setup, accelerator, model)
     scope, adapter = FreezeScope(model), setup.backbone.adapter
-    shared, named = holding(world) == "fsdp2", dict(model.named_parameters())
-    optimizer = build_optimizer(recipe.optimizer, setup.groups, named, shared=shared)
+    shared, parameters = holding(world) == "fsdp2", dict(model.named_parameters())
+    optimizer = build_optimizer(recipe.optimizer, setup.groups, parameters, shared=shared)
     optimizer = accelerator.prepare_optimizer(optimizer)
 
     mixing = mixers(setup.augmentations)
@@ -151,6 +151,8 @@ def _train(
             # Other layers learn from here on.
             if entered >= 0:
                 together(partial(check_frozen, model, setup.plans[entered], still))
+            for each in held if world > 1 else ():
+                share_buffers(each)  # statistics that moved: those of the main process's samples are kept
             entered, plan = at.phase, setup.plans[at.phase]
             scope.apply(plan, setup.backbone.anatomy, feed.homes)
             still = fingerprints(frozen_tensors(model, plan))
@@ -209,7 +211,7 @@ def _train(
                 what = f"the loss is {loss_value}"
                 raise non_finite(what, at.step, epoch, answers, record, watch.best)
             if training.clip_norm is not None:
-                norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
+                norm = whole(accelerator.clip_grad_norm_(model.parameters(), training.clip_norm))
                 if training.precision != "fp16" and not math.isfinite(norm):
                     what = f"the gradient norm is {norm}"
                     raise non_finite(what, at.step, epoch, answers, record, watch.best)
