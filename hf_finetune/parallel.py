@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from hf_finetune.errors import ModelError, UserError
 from hf_finetune.models.anatomies import module_groups
@@ -122,10 +123,10 @@ def share_out(backbone: Backbone, models: Sequence[nn.Module], accelerator: Acce
                 parameter.data = parameter.data.contiguous()
             for name in names:
                 fully_shard(model.get_submodule(name), mesh=mesh, reshard_after_forward=reshard)
-            fully_shard(model, mesh=mesh)
+            root = fully_shard(model, mesh=mesh)
             with torch.no_grad():
                 forward(model.eval(), inputs)
-            _reshard(model)
+            root.reset_iter_state()
     except (
         RuntimeError,
         TypeError,
@@ -142,17 +143,24 @@ def share_out(backbone: Backbone, models: Sequence[nn.Module], accelerator: Acce
     return whole
 
 
-@torch.no_grad()
 def units(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Tensor]) -> list[str]:
     """Return the names of the modules whose parameters are gathered together: the outermost of one layer group each.
 
-    A module that is read without being called stays with the root, and so do small ones outside the blocks.
+    Small ones outside the blocks stay with the root. So does a module that is read without being called, and one that
+    returns a view of a tensor: something written into that would leave its gradients wrong.
     """
     called: set[str] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        def noted(module: nn.Module, args: Any, output: Any) -> None:
+            if not any(isinstance(each, Tensor) and each._is_view() for each in tree_leaves(output)):
+                called.add(name)
+
+        return noted
+
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            note = module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))
-            hooks.callback(note.remove)
+            hooks.callback(module.register_forward_hook(note(name)).remove)
         forward(model.eval(), inputs)
     homes = module_groups(model, anatomy)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -188,7 +196,7 @@ def share_buffers(model: nn.Module) -> None:
 def gathered(*models: nn.Module) -> Iterator[None]:
     """Let every process hold all of `models` inside; they run there without the other processes.
 
-    So processes may run unlike numbers of batches, or the main one some by itself.
+    So processes may run unlike numbers of batches, or the main one some by itself. Gradients are lost.
     """
     shared = [m for model in models for m in model.modules() if isinstance(m, FSDPModule)]
     roots = {id(model) for model in models}
@@ -200,15 +208,11 @@ def gathered(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for model in models:
-            _reshard(model)
+            # Shares it out again, and forgets passes that ended before their end, as those over a frozen prefix do.
+            if isinstance(model, FSDPModule):
+                model.reset_iter_state()
         for module in shared:
             module.set_reshard_after_forward(reshard and id(module) not in roots, recurse=False)
-
-
-def _reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -158,7 +158,9 @@ def shared() -> Path:
     text = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder))
     script.write_text(text + RESUMES.format(folder=str(folder)), encoding="utf-8")
     done = launch(str(script), **FSDP2)
-    assert done.returncode == 0, done.stderr[-3000:] + "".join(e.read_text() for e in folder.glob("*.error"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = [error.read_text() for error in folder.glob("*.error")]
+    assert not errors, errors[0]
     return folder
 
 
