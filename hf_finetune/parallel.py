@@ -74,6 +74,8 @@ def holding(processes: int) -> Holding:
             raise UserError(f"accelerate's config: {why}")
     if os.environ.get("FSDP_IGNORED_MODULES"):
         raise UserError("accelerate's config: `fsdp_ignored_modules` is not supported. Remove it.")
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise UserError(f"FSDP2 needs a newer torch than {torch.__version__}. Update it, or train with DDP.")
     return "whole" if processes == 1 else "fsdp2"
 
 

@@ -136,7 +136,8 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     precision, why = resolve_precision(recipe.training.precision, device, recipe.where("training.precision"))
     if recipe.training.precision == "auto":
         choices.append(Choice("training.precision", precision, why))
-    workers, why = worker_count(recipe.data.workers, splits.modality, len(splits.train), world_size, device)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # processes of this node share its cores
+    workers, why = worker_count(recipe.data.workers, splits.modality, len(splits.train), beside, device)
     if recipe.data.workers == "auto":
         choices.append(Choice("data.workers", workers, why))
     metric = recipe.monitor.metric

@@ -17,10 +17,11 @@ hours=${HOURS:-2}
 options=(--flavor "$flavor" --timeout "${hours}h" --secrets HF_TOKEN --env "CONFIG=${CONFIG:-scripts/launch/ddp.yaml}")
 [ -n "${DRY_RUN:-}" ] && options+=(--dry-run)
 
-# What is committed goes along, read-only, by way of a bucket.
+# The code goes along, read-only, by way of a bucket.
+root=$(cd "$(dirname "$0")/../.." && pwd)
 code=$(mktemp -d)
 trap 'rm -rf "$code"' EXIT
-git -C "$(dirname "$0")/../.." archive HEAD | tar -x -C "$code"
+tar -C "$root" --exclude=__pycache__ -c pyproject.toml README.md LICENSE hf_finetune scripts recipes | tar -C "$code" -x
 
 # shellcheck disable=SC2016  # the container fills these in
 inside='set -e
