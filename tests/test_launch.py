@@ -99,3 +99,9 @@ def test_a_job_is_described_as_the_hub_takes_it(tmp_path: Path) -> None:
     for text in ("flavor   a10g-large", "timeout  4h", "CONFIG=scripts/launch/ddp.yaml", "HF_TOKEN", ":/code:ro",
                  "hf-finetune full data=user/photos 'hub={repo_id: user/model, when: best}' training.max_hours=3.6"):  # fmt: skip
         assert text in done.stdout, done.stdout
+
+
+def test_the_tables_of_what_a_step_costs_are_what_the_code_says() -> None:
+    command = [sys.executable, "scripts/scale_table.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
