@@ -26,7 +26,7 @@ from hf_finetune.strategies.phase import plan_phases
 
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 BEGIN, END = "<!-- table: scripts/scale_table.py -->\n", "<!-- end of table -->\n"
-NETWORKS = {
+NETWORKS: dict[str, str | dict[str, int]] = {
     "MiniLM-L6": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "ViT-B/16": "vit_base_patch16_224",
     "XLM-R large": {
