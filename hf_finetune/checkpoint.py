@@ -1,7 +1,7 @@
 """Crash-safe state: written aside, fsynced, manifest with hashes last, renamed; the newest valid one is used.
 
 A checkpoint is a folder of safetensors and JSON; nothing in it is code. What no phase trains is not in it: the backbone
-still holds it.
+still holds it. Where processes hold shares of the tensors (FSDP2), each writes its own into a file of its own.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_finetune.durable import sync_folder, write_text
 from hf_finetune.errors import FinetuneError, UserError
+from hf_finetune.parallel import fill
 from hf_finetune.runfolder import os_error, writing
 
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -38,14 +40,80 @@ class Checkpoint:
     path: Path
     state: dict[str, Any]
 
-    def tensors(self, part: str) -> dict[str, Tensor]:
-        """Return one part's tensors by name; empty when the checkpoint has no such part."""
+    def tensors(self, part: str) -> Tensors:
+        """Return one part's tensors by name, whole ones; empty when the checkpoint has no such part."""
         file = self.path / f"{part}.safetensors"
-        return load_file(file) if file.exists() else {}
+        plain = load_file(file) if file.exists() else {}
+        shares = sorted(self.path.glob(f"{part}-*-of-*.safetensors"))
+        return ChainMap(plain, _Joined(shares)) if shares else plain  # type: ignore[arg-type]
+
+
+class _Joined(Mapping[str, Tensor]):
+    """The tensors of several files, each of which holds some rows of every one; read one at a time."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = [safe_open(file, "pt") for file in files]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._files[0].keys():  # noqa: SIM118 - it is no dict
+            raise KeyError(name)
+        return torch.cat([file.get_tensor(name) for file in self._files])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files[0].keys())
+
+    def __len__(self) -> int:
+        return len(self._files[0].keys())
+
+
+def begin_checkpoint(folder: Path, step: int) -> Path:
+    """Return the folder into which the checkpoint of `step` is written, aside; leftovers of others are removed.
+
+    Raises:
+        FinetuneError: it cannot be made.
+    """
+    with writing(folder):
+        # Not the run folder itself: when that is gone, its disk may be.
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(".step-*"):
+            _remove(leftover)
+        aside = folder / f".{_free_name(folder, step)}"
+        aside.mkdir()
+    return aside
+
+
+def save_shares(aside: Path, parts: Mapping[str, Tensors], *, process: int, processes: int) -> dict[str, Any]:
+    """Write what this process alone holds of each part's tensors; return size and hash of each file by its name.
+
+    Args:
+        aside: as `begin_checkpoint` made it.
+        parts: tensors by part and name: this process's rows, in the order of the processes.
+        process: this one's number, from 0.
+        processes: how many there are.
+
+    Raises:
+        FinetuneError: they cannot be written.
+    """
+    files = {
+        part: aside / f"{part}-{process + 1:05d}-of-{processes:05d}.safetensors"
+        for part in parts
+        if parts[part]
+    }
+    with writing(aside):
+        for part, file in files.items():
+            _save_tensors(file, parts[part])
+        return {file.name: _facts(file) for file in files.values()}
 
 
 def save_checkpoint(
-    folder: Path, step: int, parts: Mapping[str, Tensors], state: Mapping[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    parts: Mapping[str, Tensors],
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    begun: Path | None = None,
+    shares: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the checkpoint of `step` and drop all but the newest `keep`.
 
@@ -55,28 +123,25 @@ def save_checkpoint(
         parts: tensors by part (`model`, `optimizer`, …) and name.
         state: everything else, as JSON holds it.
         keep: how many stay.
+        begun: what `begin_checkpoint` made, where other processes have written there.
+        shares: size and hash of the files they wrote.
 
     Raises:
         FinetuneError: it cannot be written; earlier checkpoints are as they were.
     """
-    final = folder / f"step-{step:08d}"
-    while final.exists():  # of this very step there is one already: it stays until the new one is whole
-        final = final.with_name(f"{final.name}+")
-    aside = folder / f".{final.name}"
+    aside = begun or begin_checkpoint(folder, step)
+    final = folder / aside.name.removeprefix(".")
     with writing(folder):
-        # Not the run folder itself: when that is gone, its disk may be.
-        folder.mkdir(exist_ok=True)
-        for leftover in folder.glob(".step-*"):
-            _remove(leftover)
         try:
-            aside.mkdir()
+            written = dict(shares or {})
             for part, tensors in parts.items():
                 if tensors:
                     _save_tensors(aside / f"{part}.safetensors", tensors)
             write_text(aside / STATE, json.dumps(state))
-            written = sorted(aside.iterdir())
-            files = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in written}
-            write_text(aside / MANIFEST, json.dumps({"step": step, "files": files}))
+            written |= {
+                file.name: _facts(file) for file in sorted(aside.iterdir()) if file.name not in written
+            }
+            write_text(aside / MANIFEST, json.dumps({"step": step, "files": written}))
             sync_folder(aside)
             aside.rename(final)
             sync_folder(folder)
@@ -91,6 +156,19 @@ def save_checkpoint(
             if path != final and path not in older[: keep - 1]:
                 _remove(path)
     return final
+
+
+def _free_name(folder: Path, step: int) -> str:
+    name = f"step-{step:08d}"
+    while (
+        folder / name
+    ).exists():  # of this very step there is one already: it stays until the new one is whole
+        name += "+"
+    return name
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def find_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -187,7 +265,7 @@ def restore_model(model: nn.Module, tensors: Tensors) -> None:
                 "Start another run with another --output."
             )
     for name, tensor in tensors.items():
-        owned[name].copy_(tensor)
+        fill(owned[name], tensor)
 
 
 def random_state() -> dict[str, Any]:
@@ -257,7 +335,7 @@ def _unpack(packed: Any, tensors: Tensors, parameter: nn.Parameter | None) -> An
         return value
     if value.shape == parameter.shape:
         # Fused kernels walk state and parameter side by side in memory: the layouts must agree.
-        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        return fill(torch.empty_like(parameter, dtype=value.dtype), value)
     return value if packed["on_host"] else value.to(parameter.device)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_finetune.data.labels import Labels
 from hf_finetune.models.load import forward
+from hf_finetune.parallel import gathered
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.tasks.metrics import compute
 
@@ -61,16 +62,17 @@ def evaluate(
     was_training = model.training
     model.eval()
     indices, logits, targets, losses = [], [], [], []
-    for batch in batches:
-        inputs = to_device(batch["inputs"], accelerator.device)
-        batch_labels = batch["labels"].to(accelerator.device, non_blocking=True)
-        with accelerator.autocast():
-            outputs = forward(model, inputs)
-        losses.append(sample_losses(labels.kind, outputs, batch_labels).cpu())
-        logits.append(outputs.float().cpu())
-        targets.append(batch["labels"])
-        indices.append(batch["indices"])
-        on_batch()
+    with gathered(model):
+        for batch in batches:
+            inputs = to_device(batch["inputs"], accelerator.device)
+            batch_labels = batch["labels"].to(accelerator.device, non_blocking=True)
+            with accelerator.autocast():
+                outputs = forward(model, inputs)
+            losses.append(sample_losses(labels.kind, outputs, batch_labels).cpu())
+            logits.append(outputs.float().cpu())
+            targets.append(batch["labels"])
+            indices.append(batch["indices"])
+            on_batch()
     model.train(was_training)
     mine = [[torch.cat(part).numpy() if part else None for part in (indices, logits, targets, losses)]]
     shares = [share for share in gather_object(mine) if share[0] is not None]

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_finetune.errors import TrainingError
 from hf_finetune.models.anatomy import Anatomy
+from hf_finetune.parallel import whole
 from hf_finetune.strategies.phase import PhasePlan
 
 
@@ -88,10 +89,10 @@ def frozen_tensors(model: nn.Module, plan: PhasePlan) -> dict[str, torch.Tensor]
 
 
 def fingerprints(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Return a hash of the bytes of each tensor."""
+    """Return a hash of the bytes of each tensor; where processes share them out, each calls this."""
     return {
         name: hashlib.blake2b(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, digest_size=16
+            whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data, digest_size=16
         ).hexdigest()
         for name, tensor in tensors.items()
         if tensor.numel()

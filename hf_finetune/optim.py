@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 # torch's own fused implementations run one kernel for all tensors of a group, on CPU as well as on CUDA.
 _FUSED = frozenset({"adam", "adamw", "sgd"})
+_UNFUSED_WHEN_SHARED = frozenset({"sgd"})
+SHAREABLE = frozenset(
+    ["adabelief", "adadelta", "adafactor", "adafactorbv", "adafactorbvc", "adagrad", "adam", "adamax",
+     "adamc", "adamw", "adamwlegacy", "adan", "adanw", "adopt", "adoptc", "adoptw", "lamb", "lambc", "lambcd",
+     "lambcw", "lambw", "laprop", "lapropc", "larc", "lars", "lion", "lionc", "madgrad", "madgradw",
+     "momentum", "nadam", "nadamc", "nadamlegacy", "nadamw", "nesterov", "nesterovw", "nlarc", "nlars",
+     "radabelief", "radam", "radamlegacy", "radamw", "rmsprop", "rmsproptf", "rmsproptfc", "rmsproptfw",
+     "sgd", "sgdc", "sgdw"]
+)  # fmt: skip
+"""Optimizers that were seen to make the same steps where processes share out every parameter (FSDP2) as in one process.
+
+Others fail there, or go elsewhere without a word: Muon's steps are functions of whole matrices."""
 # Needs a second backward pass through the graph, which the loop does not make.
 _SECOND_ORDER = frozenset({"adahessian"})
 
@@ -83,9 +95,19 @@ def group_parameters(plans: Sequence[PhasePlan], anatomy: Anatomy) -> list[Param
 
 
 def build_optimizer(
-    spec: OptimizerSpec, groups: Sequence[ParamGroup], parameters: dict[str, torch.nn.Parameter]
+    spec: OptimizerSpec,
+    groups: Sequence[ParamGroup],
+    parameters: dict[str, torch.nn.Parameter],
+    *,
+    shared: bool = False,
 ) -> torch.optim.Optimizer:
     """Return the optimizer over `groups`; `spec` holds no `auto` any more.
+
+    Args:
+        spec: its name, base rate and options.
+        groups: of parameters, by name.
+        parameters: of the model, by name.
+        shared: whether processes share out every parameter (FSDP2).
 
     Raises:
         RecipeError: the name is unknown, its library is absent, or an option does not fit.
@@ -100,7 +122,7 @@ def build_optimizer(
             "Common ones: adamw, sgd, lion, lamb, adafactor, muon; the rest: timm.optim.list_optimizers()."
         )
     options: dict[str, Any] = dict(spec.options)
-    if spec.name in _FUSED:
+    if spec.name in (_FUSED - _UNFUSED_WHEN_SHARED if shared else _FUSED):
         options.setdefault("fused", True)
     if spec.name == "sgd" and not spec.momentum:
         options.setdefault("nesterov", False)  # timm's default, which needs a momentum

@@ -12,16 +12,19 @@ from torch import nn
 
 from hf_finetune.checkpoint import (
     Checkpoint,
+    begin_checkpoint,
     model_tensors,
     pack_optimizer,
     random_state,
     restore_model,
     restore_random_state,
     save_checkpoint,
+    save_shares,
     unpack_optimizer,
 )
 from hf_finetune.errors import UserError
 from hf_finetune.monitor import Watch
+from hf_finetune.parallel import split_shares
 from hf_finetune.runfolder import CHECKPOINTS, RunFolder
 from hf_finetune.together import together
 
@@ -65,26 +68,7 @@ def store(
     Raises:
         FinetuneError: it cannot be written; earlier checkpoints are as they were.
     """
-    randomness = gather_object([random_state()])
-    together(
-        lambda: _store(run, at, watch, model, optimizer, ema, setup, accelerator, randomness, keep),
-        main_only=True,
-    )
-
-
-def _store(
-    run: Path,
-    at: Position,
-    watch: Watch,
-    model: nn.Module,
-    optimizer: AcceleratedOptimizer,
-    ema: ModelEmaV3 | None,
-    setup: Setup,
-    accelerator: Accelerator,
-    randomness: list[dict[str, Any]],
-    keep: int,
-) -> None:
-    names = _names(setup)
+    folder, names = run / CHECKPOINTS, _names(setup)
     tensors, plan = pack_optimizer(optimizer.optimizer, names)
     parts = {"model": model_tensors(model, frozenset(names)), "optimizer": tensors}
     if ema:
@@ -96,12 +80,26 @@ def _store(
         "adapter": rearranged,
         "watch": watch.state(),
         "optimizer": plan,
-        "randomness": randomness,
+        "randomness": gather_object([random_state()]),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-        "rows": RunFolder(run).sync_metrics(),
         "total_steps": setup.timeline.total_steps,
     }
-    save_checkpoint(run / CHECKPOINTS, at.step, parts, state, keep=keep)
+    alike, shares = split_shares(parts)
+    begun: Path | None = None
+    files: dict[str, Any] = {}
+    if shares:
+        me = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+        begun = together(lambda: begin_checkpoint(folder, at.step), main_only=True)
+        for each in gather_object([together(lambda: save_shares(begun, shares, **me))]):
+            files |= each
+
+    def save() -> None:
+        rows = RunFolder(run).sync_metrics()
+        save_checkpoint(
+            folder, at.step, alike, state | {"rows": rows}, keep=keep, begun=begun, shares=files
+        )  # fmt: skip
+
+    together(save, main_only=True)
 
 
 def restore(

@@ -34,6 +34,7 @@ from hf_finetune.hub.reload import (
     write_expected,
 )
 from hf_finetune.monitor import Best
+from hf_finetune.parallel import gathered, holding, unseen, write_whole
 from hf_finetune.precision import accelerator_in
 from hf_finetune.recipe import dump_recipe
 from hf_finetune.report.curves import save_curves
@@ -68,6 +69,8 @@ class Record:
     """Set once trackers are running."""
     say: Callable[[str], None] = lambda text: None
     """Told what the user should know."""
+    whole: nn.Module | None = None
+    """Of a model whose processes hold shares: where the main one puts it together to write it."""
     locks: list[RunLock] = field(default_factory=list)
     """What keeps other processes from the folder; held by the main process."""
     _stop_metering: Callable[[], Emissions | None] | None = None
@@ -178,15 +181,19 @@ class Record:
         notes = read_status(self.path).get("features", {})
         self._folder.write_status(features=notes | {f"{phase + 1} {self.setup.plans[phase].name}": note})
 
-    @by_main
     def keep(self, model: nn.Module, best: Best, result: Evaluation) -> None:
         """Write the model as the run's best so far, and its answers on the validation set."""
+        with gathered(model):
+            self._keep(write_whole(model, self.whole), model, best, result)
+
+    @by_main
+    def _keep(self, model: nn.Module, live: nn.Module, best: Best, result: Evaluation) -> None:
         monitor = self.setup.recipe.monitor
         found = {
             "metric": monitor.metric, "mode": monitor.mode, "value": best.value, "step": best.step,
             "epoch": best.epoch, "metrics": best.metrics, "loss": result.loss,
         }  # fmt: skip
-        self._write_model(model, found)
+        self._write_model(model, live, found)
         if (answers := result.answers(self.setup.splits.labels)) is not None:
             self._folder.write_predictions(*answers)
         self._folder.write_status(best=found)
@@ -196,14 +203,18 @@ class Record:
             self._describe()
             push_best(self.path, hub, found)
 
-    @by_main
     def keep_if_none(self, model: nn.Module) -> None:
         """Write the model as it is when no best one was kept yet."""
+        with gathered(model):
+            self._keep_if_none(write_whole(model, self.whole), model)
+
+    @by_main
+    def _keep_if_none(self, model: nn.Module, live: nn.Module) -> None:
         old, final = self.path / ".model.old", self.path / "model"
         if old.exists() and not final.exists():
             old.rename(final)  # stopped between putting the one away and the other in its place
         if not final.exists() or not read_status(self.path).get("best"):
-            self._write_model(model, None)
+            self._write_model(model, live, None)
 
     @by_main
     def check_reload(self, signals: Sequence[str]) -> None:
@@ -294,8 +305,8 @@ class Record:
                  "phase_index": phase, "seconds": round(self._seconds(), 3)}  # fmt: skip
         self._folder.log(place | row)
 
-    def _write_model(self, model: nn.Module, best: dict | None) -> None:
-        """Write `model/` aside, then put it in the place of the older one."""
+    def _write_model(self, model: nn.Module, live: nn.Module, best: dict | None) -> None:
+        """Write `model/` aside, then put it in the place of the older one; `live` is the model as it was measured."""
         aside, old, final = (self.path / name for name in (".model.new", ".model.old", "model"))
         if old.exists() and not final.exists():
             old.rename(final)  # stopped between the two renames below
@@ -306,7 +317,7 @@ class Record:
         write_artefact(aside, replace(self.setup.backbone, model=model), self.setup, run)
         (self.path / EXPECTED).unlink(missing_ok=True)
         if not left_out(self.setup):
-            write_expected(self.path, model, self.samples)
+            write_expected(self.path, live, self.samples)
         with writing(self.path):
             if final.exists():
                 final.rename(old)
@@ -341,6 +352,7 @@ class Record:
             "total_steps": setup.timeline.total_steps,
             "steps_per_epoch": setup.timeline.steps_per_epoch,
             "processes": state.num_processes,
+            "parallel": holding(state.num_processes),
             "adapter": setup.backbone.adapter.facts() if setup.backbone.adapter else None,
             "precision": setup.recipe.training.precision,
             "notes": [*setup.splits.report.notes, *setup.notes],
@@ -353,13 +365,14 @@ class Record:
 def start_accelerator(setup: Setup, record: Record) -> Accelerator:
     """Return the accelerator in the recipe's precision, with its trackers running."""
     trackers = setup.recipe.trackers
-    accelerator = accelerator_in(
-        setup.recipe.training.precision,
-        log_with=trackers or None,
-        # A model may own parameters that its forward does not use (a mask token): DDP must not wait for them.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        project_config=ProjectConfiguration(str(record.path), logging_dir=str(record.path / "trackers")),
-    )
+    with unseen():
+        accelerator = accelerator_in(
+            setup.recipe.training.precision,
+            log_with=trackers or None,
+            # A model may own parameters that its forward does not use (a mask token): DDP must not wait for them.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            project_config=ProjectConfiguration(str(record.path), logging_dir=str(record.path / "trackers")),
+        )
     if trackers:
         accelerator.init_trackers("hf_finetune", config={"recipe": dump_recipe(setup.recipe)})
         record.accelerator = accelerator

@@ -151,6 +151,7 @@ def _fact_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
         ("backbone", "fingerprint"),
         ("labels",),
         ("processes",),
+        ("parallel",),
         ("hardware", "device"),
     ]
     places += [("versions", package) for package in RESULT_PACKAGES]

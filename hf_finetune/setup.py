@@ -27,7 +27,8 @@ from hf_finetune.defaults import Choice, resolve
 from hf_finetune.errors import RecipeError, UserError
 from hf_finetune.features.spec import CacheSpec
 from hf_finetune.models.load import Backbone, ImageInput, checkpoint_gradients, load_backbone
-from hf_finetune.optim import ParamGroup, build_optimizer, group_parameters
+from hf_finetune.optim import SHAREABLE, ParamGroup, build_optimizer, group_parameters
+from hf_finetune.parallel import holding, unseen
 from hf_finetune.precision import resolve_precision
 from hf_finetune.recipe import Recipe
 from hf_finetune.strategies.phase import PhasePlan, check_head_learns, plan_phases
@@ -106,6 +107,8 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         RecipeError: the recipe does not fit the data, the backbone or the hardware.
     """
     _check_trackers(recipe)
+    if holding(world_size) == "fsdp2":
+        _check_shareable(recipe)
     choices: list[Choice] = []
     seed = recipe.training.seed
     splits = load_splits(recipe.data, seed=seed, task=recipe.task)
@@ -126,7 +129,8 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         from hf_finetune.models.quantize import check_device
 
         check_device(recipe.backbone.quantize, device)
-    backbone = load_backbone(recipe.backbone, splits.labels, splits.modality, seed=seed)
+    with unseen():
+        backbone = load_backbone(recipe.backbone, splits.labels, splits.modality, seed=seed)
 
     image_side = min(backbone.input.size) if isinstance(backbone.input, ImageInput) else None
     sides = [side for side in (image_side, splits.report.image_side) if side]
@@ -141,7 +145,8 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     )
     if recipe.training.precision == "auto":
         choices.append(Choice("training.precision", precision, why))
-    workers, why = worker_count(recipe.data.workers, splits.modality, len(splits.train), world_size, device)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # processes of this node share its cores
+    workers, why = worker_count(recipe.data.workers, splits.modality, len(splits.train), beside, device)
     if recipe.data.workers == "auto":
         choices.append(Choice("data.workers", workers, why))
     metric = recipe.monitor.metric
@@ -169,6 +174,10 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
 
     timeline = build_timeline(recipe, len(splits.train))
     micro_batch_size = _micro_batch_size(recipe, world_size)
+    if holding(world_size) == "fsdp2" and precision == "fp16":
+        raise RecipeError(
+            f"{recipe.where('training.precision')}: fp16 is not supported under FSDP2. Use bf16 or fp32, or DDP."
+        )
     recipe, resolved = resolve(
         recipe,
         anatomy=backbone.anatomy,
@@ -231,6 +240,26 @@ def _found(backbone: Backbone) -> list[str]:
             "(backbone.keep_head=false starts a new one)"
         )
     return notes
+
+
+def _check_shareable(recipe: Recipe) -> None:
+    """Refuse what does not work where processes share out every parameter (FSDP2)."""
+    adapter, name = recipe.strategy.to_adapter(), recipe.optimizer.name
+    if recipe.backbone.quantize:
+        raise RecipeError(
+            f"{recipe.where('backbone.quantize')}: quantised weights cannot be shared out by FSDP2. Remove it, or "
+            "train with DDP: each process then holds the quantised backbone."
+        )
+    if name != "auto" and name not in SHAREABLE:
+        raise RecipeError(
+            f"{recipe.where('optimizer.name')}: '{name}' does not make the same steps under FSDP2 as in one process. "
+            f"Those that do: {', '.join(sorted(SHAREABLE))}. Or train with DDP."
+        )
+    if adapter and adapter.method == "adalora":
+        raise RecipeError(
+            f"{recipe.where('strategy')}: adalora moves ranks between whole matrices, which FSDP2 shares out. Take "
+            "lora or dora, or train with DDP."
+        )
 
 
 def _check_trackers(recipe: Recipe) -> None:

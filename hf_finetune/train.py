@@ -9,9 +9,8 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
-from torch import nn
 
 from hf_finetune.augment.batch import mix, mixers
 from hf_finetune.compilation import compiled
@@ -24,6 +23,7 @@ from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_t
 from hf_finetune.models.forward import placed
 from hf_finetune.monitor import Watch
 from hf_finetune.optim import build_optimizer, set_rates
+from hf_finetune.parallel import holding, share_buffers, share_out, whole, wrap
 from hf_finetune.position import Position, restore, store
 from hf_finetune.progress import Progress
 from hf_finetune.recipe import Recipe
@@ -108,12 +108,15 @@ def _train(
     set_seed(training.seed, device_specific=True)
 
     model = placed(setup.backbone.model, device, splits.modality)
-    feed = Feed(setup, accelerator, model)
-    scope, adapter = FreezeScope(model), setup.backbone.adapter
-    optimizer = build_optimizer(recipe.optimizer, setup.groups, dict(model.named_parameters()))
-    optimizer = accelerator.prepare_optimizer(optimizer)
     ema = ModelEmaV3(model, decay=float(training.ema.decay)) if training.ema else None
     measured = ema.module if ema else model
+    held = [model, measured] if ema else [model]
+    record.whole = together(partial(share_out, setup.backbone, held, accelerator))
+    feed = Feed(setup, accelerator, model)
+    scope, adapter = FreezeScope(model), setup.backbone.adapter
+    shared, parameters = holding(world) == "fsdp2", dict(model.named_parameters())
+    optimizer = build_optimizer(recipe.optimizer, setup.groups, parameters, shared=shared)
+    optimizer = accelerator.prepare_optimizer(optimizer)
 
     mixing = mixers(setup.augmentations)
     class_weight = torch.tensor(setup.class_weights, device=device) if setup.class_weights else None
@@ -146,10 +149,11 @@ def _train(
                 named = f"phase {at.phase + 1} of {len(setup.plans)} from step {at.step}"
                 progress.say(f"{named}: {setup.plans[at.phase].name} learns")
         if entered != at.phase:
-            # Other layers learn from here on. DDP hooks the parameters that need gradients when it wraps, so the
-            # model is wrapped anew after `requires_grad` has changed.
+            # Other layers learn from here on.
             if entered >= 0:
                 together(partial(check_frozen, model, setup.plans[entered], still))
+            for each in held if world > 1 else ():
+                share_buffers(each)  # statistics that moved: those of the main process's samples are kept
             entered, plan = at.phase, setup.plans[at.phase]
             scope.apply(plan, setup.backbone.anatomy, feed.homes)
             still = fingerprints(frozen_tensors(model, plan))
@@ -160,7 +164,7 @@ def _train(
                 save()
                 return "interrupted", str(stopped)
             record.log_features(at.phase, source.note)
-            wrapped, batches = _wrap(accelerator, model), None
+            wrapped, batches = wrap(accelerator, model), None
             if training.compile == "on" and source.train is feed.plain.train:  # layers above features are few
                 wrapped = compiled(wrapped)
             clock += time.monotonic() - entering  # that does not count as training time
@@ -210,7 +214,7 @@ def _train(
                 what = f"the loss is {loss_value}"
                 raise non_finite(what, at.step, epoch, answers, record, watch.best)
             if training.clip_norm is not None:
-                norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
+                norm = whole(accelerator.clip_grad_norm_(model.parameters(), training.clip_norm))
                 if training.precision != "fp16" and not math.isfinite(norm):
                     what = f"the gradient norm is {norm}"
                     raise non_finite(what, at.step, epoch, answers, record, watch.best)
@@ -238,7 +242,7 @@ def _train(
             return "interrupted", why
         if at.due:
             if world > 1:
-                _share_buffers(measured)
+                share_buffers(measured)
             try:
                 result = evaluate(
                     measured,
@@ -284,16 +288,3 @@ def _train(
     if watch.early and watch.stops:
         return "done", f"no better {monitor.metric} in {watch.early.patience} evaluations"
     return "done", "all steps done"
-
-
-def _wrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """Return `model` as its processes train it together; an earlier wrapping is taken off first."""
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    accelerator._models.clear()
-    return model if accelerator.num_processes == 1 else accelerator.prepare_model(model)
-
-
-def _share_buffers(model: nn.Module) -> None:
-    """Give every process the main one's buffers, as kept with the model: each has statistics of its own share."""
-    for buffer in model.buffers():
-        broadcast(buffer)

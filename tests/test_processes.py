@@ -1,8 +1,10 @@
-"""Two processes end where one does: gloo on the CPU, through scripts/train.py and through `finetune`."""
+"""Two processes end where one does, with DDP and with FSDP2: gloo on the CPU, through scripts/train.py and `finetune`."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -13,9 +15,13 @@ import pytest
 import torch
 
 import runs
+from hf_finetune.checkpoint import find_checkpoint
+from hf_finetune.errors import RecipeError, UserError
 from hf_finetune.inference import evaluate_model
+from hf_finetune.parallel import holding
 from hf_finetune.recipe import dump_recipe, load_recipe
 from hf_finetune.runfolder import Run, load_run
+from hf_finetune.setup import prepare
 
 ROOT = Path(__file__).parents[1]
 ODD = 9
@@ -26,9 +32,7 @@ SGD = {"optimizer": {"name": "sgd", "lr": 0.1, "weight_decay": 0.01}}
 FULL = {"strategy": "full", "schedule": {"name": "cosine", "warmup": "1 steps"}} | SGD
 # name -> (backbone, changes); each runs in one process and in two
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    # At a real ViT's rate: where a gradient is truly zero (a key's bias) Adam makes steps out of rounding, as large as
-    # the rate, and the rates of a network this narrow are ten times as high.
-    "vit gradual": ("vit", {"strategy": {"name": "gradual", "every": "2 steps", "backbone_lr": "0.05x"}, "training": {"steps": 8}}),
+    "vit gradual": ("vit", {"strategy": {"name": "gradual", "every": "2 steps"}, "training": {"steps": 8}}),
     "cnn full": ("resnet", FULL),
     "cnn frozen, micro-batches": ("resnet", {"strategy": "frozen", "training": {"micro_batch_size": 2}}),
     "text, by length": ("bert-dry", FULL),
@@ -40,11 +44,49 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "an unused mask token": ("vision-dinov2", FULL),
 }  # fmt: skip
 # Batch statistics are each process's own, so these are not compared with one process.
-LIVE = {"live batch norm": ("resnet", FULL | {"strategy": {"name": "full", "batch_norm": "train"}})}
+LIVE = {
+    "live batch norm": ("resnet", FULL | {"strategy": {"name": "full", "batch_norm": "train"}}),
+    # No evaluation lies between: when the statistics freeze, each process holds those of its own share.
+    "batch norm freezes": (
+        "resnet",
+        SGD
+        | {
+            "strategy": {
+                "phases": [{"train": "all", "batch_norm": "train", "for": "1 steps"}, {"train": "head"}]
+            }
+        },
+    ),
+}
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+# Each phase shows other layers to the optimizer; a share may have no rows (a class token has one), or be of an average.
+SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit gradual": (
+        "vit",
+        {"strategy": {"name": "gradual", "every": "2 steps"}, "training": {"steps": 8, "micro_batch_size": 2}} | SGD,
+    ),
+    "vit ema": ("vit", FULL | {"training": {"ema": {"decay": 0.5}}}),
+    "cnn lp_ft": ("resnet", {"strategy": {"name": "lp_ft", "full_lr": "0.1x", "probe": "2 steps"}, "training": {"steps": 5}} | SGD),
+    "text lora": ("bert-dry", {"strategy": "lora", "training": {"reload_check": True}} | SGD),
+    "straight": ("bert-dry", {
+        "strategy": "full", "schedule": {"name": "constant", "warmup": None}, "monitor": {"evaluate": "3 steps"},
+        "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.01}, "training": {"steps": 6, "ema": {"decay": 0.5}},
+    }),
+}  # fmt: skip
+
+# What two processes do once the arms are through: a run of half the steps goes on, in its own folder.
+RESUMES = """
+half = load_recipe(Path({folder!r}) / "straight.yaml", ["output={folder}/half-2", "training.steps=3"])
+finetune(half, quiet=True)
+if PartialState().is_main_process:
+    shutil.copytree(half.output, Path({folder!r}) / "alone")
+finetune(load_recipe(Path({folder!r}) / "straight.yaml", ["output={folder}/half-2"]), quiet=True, resume=True)
+"""
 
 SCRIPT = """
-import json, sys, traceback
+import json, shutil, sys, traceback
 from pathlib import Path
+from accelerate import PartialState
 sys.path.insert(0, {tests!r})
 import conftest
 from hf_finetune.recipe import load_recipe
@@ -57,7 +99,7 @@ for path in sorted(Path({folder!r}).glob("*.yaml")):
 """
 
 
-def launch(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str, **given: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
@@ -67,14 +109,14 @@ def launch(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
         "2",
         *arguments,
     ]
-    given = {
+    given |= {
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
     }
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | given, cwd=cwd
+        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | given, cwd=ROOT
     )
 
 
@@ -106,6 +148,23 @@ def together() -> Path:
 
 
 @cache
+def shared() -> Path:
+    """Run the arms of FSDP2 in two processes, one launch."""
+    folder = Path(runs._ROOT.name) / "shared"
+    folder.mkdir(exist_ok=True)
+    for name, (family, changes) in SHARED.items():
+        written(folder, name, family, changes, 2)
+    script = folder / "several.py"
+    text = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder))
+    script.write_text(text + RESUMES.format(folder=str(folder)), encoding="utf-8")
+    done = launch(str(script), **FSDP2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = [error.read_text() for error in folder.glob("*.error")]
+    assert not errors, errors[0]
+    return folder
+
+
+@cache
 def by_script() -> tuple[Path, str]:
     """Run the first arm in two processes through scripts/train.py."""
     folder = Path(runs._ROOT.name) / "script"
@@ -131,6 +190,21 @@ def two(name: str) -> Run:
     return load_run(folder / f"{name}-2")
 
 
+def felt(run: Run) -> dict[str, torch.Tensor]:
+    """Return a run's weights but for the biases of keys, which no output feels.
+
+    A query's scores all move by the same, which softmax takes away. Their gradient is zero but for its rounding, out of
+    which Adam makes steps as large as the rate.
+    """
+    found = runs.weights(run)
+    for name, tensor in found.items():
+        if name.endswith("attn.qkv.bias"):
+            tensor.chunk(3)[1].zero_()
+        if name.endswith("attention.self.key.bias"):
+            tensor.zero_()
+    return found
+
+
 @pytest.mark.parametrize("name", ARMS)
 def test_two_processes_end_where_one_does(name: str, tmp_path: Path) -> None:
     double = two(name)
@@ -138,8 +212,8 @@ def test_two_processes_end_where_one_does(name: str, tmp_path: Path) -> None:
         double.path / "recipe.yaml", [f"output={tmp_path / 'one'}", "training.reload_check=false"]
     )
     single = runs.finetune(recipe, quiet=True)
-    assert double.status["processes"] == 2
-    assert runs.same(runs.weights(single), runs.weights(double), tolerance=1e-5)
+    assert (double.status["processes"], double.status["parallel"]) == (2, "ddp")
+    assert runs.same(felt(single), felt(double), tolerance=1e-5)
     for one, other in zip(single.rows, double.rows, strict=True):
         assert (one["step"], one["split"], one.get("lr")) == (other["step"], other["split"], other.get("lr"))
         assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
@@ -158,13 +232,112 @@ def test_frozen_is_bit_equal_under_ddp(name: str) -> None:
         assert runs.moved(run) == {"fc.weight", "fc.bias"}
 
 
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_out_as_in_one_process(name: str, tmp_path: Path) -> None:
+    double = load_run(shared() / f"{name}-2")
+    recipe = load_recipe(
+        double.path / "recipe.yaml", [f"output={tmp_path / 'one'}", "training.reload_check=false"]
+    )
+    single = runs.finetune(recipe, quiet=True)
+    assert (double.status["processes"], double.status["parallel"]) == (2, "fsdp2")
+    assert runs.same(felt(single), felt(double), tolerance=1e-6)
+    for one, other in zip(single.rows, double.rows, strict=True):
+        assert (one["step"], one["split"], one.get("lr")) == (other["step"], other["split"], other.get("lr"))
+        assert other["loss"] == pytest.approx(
+            one["loss"], rel=1e-6, abs=2e-7
+        )  # two roundings of a logit near 1
+    if "lora" not in name:
+        assert runs.moved(double) == runs.moved(single)  # the rest is bit-equal
+    assert single.status["features"] == double.status["features"]
+
+
+def test_what_was_shared_out_loads_in_its_own_library() -> None:
+    run = load_run(shared() / "text lora-2")
+    assert run.status["reload"]["compared"]
+    assert (run.model_folder / "adapter_model.safetensors").is_file()
+
+
+def test_each_process_saves_its_share() -> None:
+    checkpoint, rejected = find_checkpoint(shared() / "straight-2" / "checkpoints")
+    assert checkpoint is not None
+    assert not rejected
+    listed = json.loads((checkpoint.path / "manifest.json").read_text())["files"]
+    files = [f"{part}-0000{n}-of-00002.safetensors" for part in ("ema", "model", "optimizer") for n in (1, 2)]
+    assert set(files) <= set(listed)
+    for part in ("model", "optimizer"):
+        sizes = [listed[name]["size"] for name in files if name.startswith(part)]
+        whole = 4 * sum(t.numel() for t in checkpoint.tensors(part).values())
+        assert max(sizes) < 0.6 * whole, "about half of it"
+    assert {path.suffix for path in checkpoint.path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_what_is_shared_out_goes_on_bit_by_bit() -> None:
+    straight, resumed = (load_run(shared() / f"{name}-2") for name in ("straight", "half"))
+    assert runs.same(runs.weights(straight), runs.weights(resumed))
+    assert [row["loss"] for row in runs.evaluations(straight)] == [
+        row["loss"] for row in runs.evaluations(resumed)
+    ]
+
+
+def test_one_process_goes_on_with_the_shares_of_two() -> None:
+    folder = shared()
+    recipe = load_recipe(folder / "straight.yaml", [f"output={folder / 'alone'}"])
+    with pytest.raises(UserError, match=r"(?s)processes: was 2, is 1\n.*parallel: was fsdp2, is whole"):
+        runs.finetune(recipe, quiet=True, resume=True)
+    alone = runs.finetune(recipe, quiet=True, resume=True, allow_changes=True)
+    assert runs.same(felt(alone), felt(load_run(folder / "straight-2")), tolerance=1e-6)
+
+
+REFUSED = {
+    "FSDP_VERSION=1": "FSDP version 1 is not supported. Set `fsdp_version: 2`",
+    "FSDP_OFFLOAD_PARAMS=true": "`fsdp_offload_params` is not supported",
+    "FSDP_ACTIVATION_CHECKPOINTING=true": "set it to false, and `training.gradient_checkpointing=true`",
+    "FSDP_IGNORED_MODULES=head": "`fsdp_ignored_modules` is not supported",
+    "ACCELERATE_USE_DEEPSPEED=true": "DeepSpeed is not supported. Its ZeRO stages 2 and 3 are FSDP2",
+    "ACCELERATE_USE_MEGATRON_LM=true": "Megatron-LM is not supported",
+    "ACCELERATE_USE_PARALLELISM_CONFIG=true": "`parallelism_config` is not supported",
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_what_accelerate_may_not_ask_for(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (FSDP2 | dict([setting.split("=")])).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"(?i){re.escape(REFUSED[setting])}"):
+        holding(2)
+
+
+UNSHAREABLE: dict[str, tuple[dict[str, Any], str]] = {
+    "muon": (
+        {"strategy": "full", "optimizer": {"name": "muon", "lr": 0.1}},
+        "'muon' does not make the same steps",
+    ),
+    "adalora": ({"strategy": "adalora"}, "adalora moves ranks between whole matrices"),
+    "quantised": (
+        {"strategy": "lora", "quantize": "8bit"},
+        "quantised weights cannot be shared out by FSDP2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSHAREABLE)
+def test_what_cannot_be_shared_out(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    changes, text = UNSHAREABLE[case]
+    backbone = {"backbone": {"id": runs.backbone("vit"), "quantize": changes.pop("quantize", None)}}
+    with pytest.raises(RecipeError, match=text):
+        prepare(runs.recipe("vit", **(changes | backbone)), world_size=2, device=torch.device("cpu"))
+
+
 def test_the_main_process_compares_what_was_written() -> None:
     assert two("vit gradual").status["reload"]["compared"]
 
 
-def test_what_is_kept_is_what_both_processes_measured() -> None:
+@pytest.mark.parametrize("name", LIVE)
+def test_what_is_kept_is_what_both_processes_measured(name: str) -> None:
     """With live batch statistics each process has its own; both measure with the ones that are kept."""
-    run = two("live batch norm")
+    run = two(name)
     assert "bn1.running_mean" in runs.moved(run)
     assert evaluate_model(str(run.path), []).loss == pytest.approx(run.best["loss"], abs=1e-6)  # type: ignore[index]
 
@@ -189,9 +362,6 @@ def test_a_user_s_mistake_is_printed_once(tmp_path: Path) -> None:
 
 
 def test_the_batch_must_be_shared_equally() -> None:
-    from hf_finetune.errors import RecipeError
-    from hf_finetune.setup import prepare
-
     for training, text in (({"batch_size": 9}, "9 samples per optimizer step cannot be shared equally by 2"),
                            ({"batch_size": 8, "micro_batch_size": 8}, "8 does not divide the 4 samples each")):  # fmt: skip
         recipe = runs.recipe("vit", strategy="frozen", training=training)

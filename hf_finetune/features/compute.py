@@ -135,6 +135,17 @@ def compute(
             if accelerator.is_main_process:
                 writer.finish(want.key, want.parts)
 
+    found: list[Stored] = []
+
+    def open_all() -> None:
+        stored = open_features(wants[0].key)
+        if stored is None:
+            raise StoreError(
+                f"not every process finds them in {features_folder()}: HF_FINETUNE_CACHE must name a folder that all "
+                "nodes see"
+            )
+        found.append(stored)
+
     try:
         for action in (reserve, write, finish):
             _together(action, accelerator)
@@ -144,10 +155,8 @@ def compute(
         for folder in folders:
             remove(folder)
         raise
-    stored = open_features(wants[0].key)
-    if stored is None:
-        raise StoreError("they were removed while they were written")
-    return stored
+    _together(open_all, accelerator)
+    return found[0]
 
 
 def _together(action: Callable[[], None], accelerator: Accelerator) -> None:

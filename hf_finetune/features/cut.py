@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -189,14 +190,15 @@ def returning(model: nn.Module, calls: Sequence[Call], output: Callable[[Call], 
     with ExitStack() as undo:
         for name, these in _by_module(calls).items():
             module = model.get_submodule(name)
-            own = module.__dict__.get("forward")
-            undo.callback(_restore, module, own)
-            module.__dict__["forward"] = stub(iter(these), module.forward)
+            # FSDP2's hooks around `forward` would gather weights that are not needed.
+            replaced = "_call_impl" if isinstance(module, FSDPModule) else "forward"
+            undo.callback(_restore, module, replaced, module.__dict__.get(replaced))
+            module.__dict__[replaced] = stub(iter(these), getattr(module, replaced))
         yield
 
 
-def _restore(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        del module.__dict__["forward"]
+def _restore(module: nn.Module, replaced: str, own: Any) -> None:
+    if own is None:
+        del module.__dict__[replaced]
     else:
-        module.__dict__["forward"] = forward
+        module.__dict__[replaced] = own

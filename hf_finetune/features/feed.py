@@ -28,6 +28,7 @@ from hf_finetune.features.store import StoreError, key_of
 from hf_finetune.features.trials import NoCutError, find_cut
 from hf_finetune.freeze import sleeping_modules
 from hf_finetune.models.load import forward, module_groups
+from hf_finetune.parallel import gathered, tensors_of
 from hf_finetune.runfolder import versions
 from hf_finetune.setup import Setup, build_loaders, build_sets
 from hf_finetune.timeline import phase_end
@@ -76,6 +77,18 @@ class Feed:
             say: told what is computed once, and what is wrong with features on disk.
             on_batch: called after each batch, with what is being done; may raise to interrupt.
         """
+        with gathered(*dict.fromkeys((self.model, measured))):
+            return self._enter(phase, still, measured, say=say, on_batch=on_batch)
+
+    def _enter(
+        self,
+        phase: int,
+        still: dict[str, str],
+        measured: nn.Module,
+        *,
+        say: Callable[[str], None],
+        on_batch: Callable[[str], None],
+    ) -> Source:
         plan, found = self.plan(phase, still, measured), {}
         for split, want in list(plan.wants.items()):
             try:
@@ -246,8 +259,8 @@ class Feed:
             torch.equal(ours, theirs)
             for name in cut.modules
             for ours, theirs in zip(
-                self.model.get_submodule(name).state_dict().values(),
-                measured.get_submodule(name).state_dict().values(),
+                tensors_of(self.model.get_submodule(name)).values(),
+                tensors_of(measured.get_submodule(name)).values(),
                 strict=True,
             )
         )

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,13 @@ def _is_adapter(name: str, modules: Mapping[str, nn.Module]) -> bool:
 
 def _adapter_tensors(adapter: Adapter, config: Any, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the adapters' tensors by their names in the file, from a state dict of the network `own`."""
-    state = {name: tensor.detach().cpu() for name, tensor in adapter.shell.state_dict().items()}
-    state |= {_ROOT + name: tensor for name, tensor in own.items()}
+    state = {_ROOT + name: tensor for name, tensor in own.items()}
+    # What a method keeps beside the network. No state dict is asked for: that would share out again what is gathered.
+    beside = chain(
+        adapter.shell.named_parameters(remove_duplicate=False),
+        adapter.shell.named_buffers(remove_duplicate=False),
+    )
+    state |= {name: tensor.detach().cpu() for name, tensor in beside if not name.startswith(_ROOT)}
     if getattr(config, "rank_pattern", None) and config.peft_type == peft.PeftType.ADALORA:
         # Ranks are dropped from the file where the weights measured do not use them; between two allocations they may.
         kept = {
