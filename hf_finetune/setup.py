@@ -28,7 +28,8 @@ from hf_finetune.models.load import Backbone, ImageInput, checkpoint_gradients, 
 from hf_finetune.optim import ParamGroup, build_optimizer, group_parameters
 from hf_finetune.precision import resolve_precision
 from hf_finetune.recipe import Recipe
-from hf_finetune.strategies.phase import PhasePlan, check_head_learns, plan_phases
+from hf_finetune.solvable import choose_solver, why_unsolvable
+from hf_finetune.strategies.phase import PhasePlan, Solver, check_head_learns, plan_phases
 from hf_finetune.tasks import TASKS
 from hf_finetune.tasks.metrics import EVALUATE_PREFIX, default_metric, load_from_evaluate, metric_mode
 from hf_finetune.timeline import Timeline, build_timeline, reachable
@@ -124,9 +125,15 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
 
     image_side = min(backbone.input.size) if isinstance(backbone.input, ImageInput) else None
     sides = [side for side in (image_side, splits.report.image_side) if side]
+    cache = recipe.cache
     augment, why = resolve_augment(
         recipe.augment, splits.modality, len(splits.train), image_side=min(sides, default=None)
     )
+    if recipe.strategy.solver_steps and recipe.augment == "auto" and not getattr(cache, "views", None):
+        augment, why = (
+            [],
+            "a solver fits the rows as they are measured; `cache: {views: 4}` gives it random views",
+        )
     if not isinstance(recipe.augment, list):
         choices.append(Choice("augment", ", ".join(each.name for each in augment) or "none", why))
     precision, why = resolve_precision(recipe.training.precision, device, recipe.where("training.precision"))
@@ -143,7 +150,6 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         if each.startswith(EVALUATE_PREFIX):
             load_from_evaluate(each.removeprefix(EVALUATE_PREFIX), splits.labels.kind)
     mode = recipe.monitor.mode if recipe.monitor.mode != "auto" else metric_mode(metric)
-    cache = recipe.cache
     if cache == "auto":
         cache, why = CacheSpec(), "frozen layers run once for each view that comes again, where that fits"
         choices.append(Choice("cache", f"up to {cache.budget}", why))
@@ -160,12 +166,16 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
 
     timeline = build_timeline(recipe, len(splits.train))
     micro_batch_size = _micro_batch_size(recipe, world_size)
+    solver: tuple[Solver | None, str] = (None, "")
+    if getattr(recipe.strategy, "solver", None) == "auto":
+        solver = choose_solver(recipe, backbone, splits)
     recipe, resolved = resolve(
         recipe,
         anatomy=backbone.anatomy,
         train_samples=len(splits.train),
         micro_batch_size=micro_batch_size,
         total_steps=timeline.total_steps,
+        solver=solver,
     )
     if recipe.training.gradient_checkpointing:
         checkpoint_gradients(backbone)
@@ -189,6 +199,8 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
             f"the run of {timeline.total_steps} steps ends before {len(plans) - len(reached)} of {len(plans)} phases; "
             f"the last one reached trains {reached[-1].name}"
         )
+    if not solver[0]:  # else it has been tried
+        _check_solvers(recipe, reached, backbone, splits)
     check_head_learns(reached, backbone.anatomy)
     groups = group_parameters(reached, backbone.anatomy)
     # An optimizer that cannot be built is refused here, before a run folder is made for it.
@@ -206,6 +218,16 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         micro_batch_size,
         weights,
     )
+
+
+def _check_solvers(recipe: Recipe, plans: list[PhasePlan], backbone: Backbone, splits: Splits) -> None:
+    """Refuse a solver that the recipe names where it has nothing to fit."""
+    for number, plan in enumerate(plans, 1):
+        if plan.solver and (why := why_unsolvable(plan, recipe, backbone, splits)):
+            raise RecipeError(
+                f"{recipe.where('strategy')}: phase {number}: `solver: {plan.solver}` cannot fit the head: {why}. "
+                "Leave `solver` out (null): gradient steps train it."
+            )
 
 
 def _found(backbone: Backbone) -> list[str]:

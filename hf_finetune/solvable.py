@@ -1,0 +1,99 @@
+"""Whether a solver can fit the head of a backbone on its data, tried before anything is trained or written."""
+
+from __future__ import annotations
+
+import numpy as np
+from datasets import Dataset as Rows
+
+from hf_finetune.augment.spec import BATCH_AUGMENTATIONS
+from hf_finetune.data.loaders import EvalSet, collate
+from hf_finetune.data.splits import Splits
+from hf_finetune.features.cut import Cut
+from hf_finetune.features.plan import column_of
+from hf_finetune.features.spec import CacheSpec
+from hf_finetune.features.store import bytes_of
+from hf_finetune.features.trials import NoCutError, find_cut
+from hf_finetune.freeze import sleeping_modules
+from hf_finetune.models.load import Backbone, module_groups
+from hf_finetune.recipe import Recipe
+from hf_finetune.spec import Duration, Size
+from hf_finetune.strategies.phase import PhasePlan, Solver, why_not_linear
+
+TRIED = 3
+"""Rows that are sent through the network, in two batches."""
+
+
+def choose_solver(recipe: Recipe, backbone: Backbone, splits: Splits) -> tuple[Solver | None, str]:
+    """Return what `solver: auto` means for a head that is trained first, and why.
+
+    Args:
+        recipe: with augmentation, cache and strategy's length as given or resolved.
+        backbone: with the data's output layer.
+        splits: of the data.
+    """
+    probe = getattr(recipe.strategy, "probe", "auto")
+    if probe not in ("auto", Duration(1, "steps")):
+        return None, f"strategy.probe asks for {probe} of gradient steps"
+    why = why_not_linear(backbone.anatomy)
+    if why is None:
+        fitted = {p.name: 1.0 for p in backbone.anatomy.parameters if p.is_output}
+        why = why_unsolvable(
+            PhasePlan("head", fitted, "frozen", None, None, "lbfgs"), recipe, backbone, splits
+        )
+    if why:
+        return None, f"gradient steps: {why}"
+    return "lbfgs", "the frozen layers run once, then the head is fitted to convergence"
+
+
+def why_unsolvable(plan: PhasePlan, recipe: Recipe, backbone: Backbone, splits: Splits) -> str | None:
+    """Return why a solver cannot fit a phase's output layer on features that are computed once; None if it can.
+
+    Args:
+        plan: the phase.
+        recipe: with augmentation and cache resolved.
+        backbone: adapters included.
+        splits: of the data.
+    """
+    cache, augment = recipe.cache, recipe.augment
+    if not isinstance(cache, CacheSpec):
+        return "`cache: off` keeps no features"
+    if recipe.training.gradient_checkpointing:
+        return "training.gradient_checkpointing runs layers again instead of keeping what they compute"
+    if isinstance(augment, list) and any(each.name in BATCH_AUGMENTATIONS for each in augment):
+        return "mixup and cutmix mix targets that a solver takes row by row"
+    try:
+        cut = _cut(plan, backbone, splits)
+    except NoCutError as error:
+        return f"its frozen layers cannot be cut off ({error})"
+    views = (cache.views or 1) if augment else 1
+    size = sum(_bytes(cut, cache, rows, splits, backbone) * times
+               for rows, times in ((splits.train, views), (splits.validation, 1)))  # fmt: skip
+    if size > cache.budget.bytes:
+        return f"their features, {Size(size)} at the least, exceed `cache.budget` ({cache.budget})"
+    return None
+
+
+def _cut(plan: PhasePlan, backbone: Backbone, splits: Splits) -> Cut:
+    """Return the cut below what a phase fits, found with a few validation rows."""
+    few = splits.validation.select(range(min(TRIED, len(splits.validation))))
+    data = EvalSet(few, splits.labels, backbone.input)
+    tokenizer = None if data.tokens is None else data.tokens.tokenizer
+    picks = [[n % len(data) for n in numbers] for numbers in ((0, 1), (2, 0, 1))]
+    batches = [collate([data[n] for n in pick], tokenizer=tokenizer)["inputs"] for pick in picks]
+    if tokenizer is not None and batches[0]["input_ids"].shape[1] == batches[1]["input_ids"].shape[1]:
+        batches[0] = {name: tensor[:, :-1] for name, tensor in batches[0].items()}
+    homes = module_groups(backbone.model, backbone.anatomy)
+    asleep = sleeping_modules(backbone.model, plan, backbone.anatomy, homes)
+    return find_cut(backbone.model, plan.multiples.keys(), set(asleep), batches)
+
+
+def _bytes(cut: Cut, cache: CacheSpec, rows: Rows, splits: Splits, backbone: Backbone) -> int:
+    """Return the least that features of these rows take: in fp16 unless the recipe names a format."""
+    smallest = cache.model_copy(update={"dtype": cache.dtype or "fp16"})
+    columns = {name: column_of(leaf, smallest) for name, leaf in cut.stored.items()}
+    ends = np.zeros(0, np.int64)
+    if any(column.ragged for column in columns.values()):  # texts of which every token is kept
+        lengths = EvalSet(rows, splits.labels, backbone.input).lengths
+        assert lengths is not None
+        ends = np.cumsum(lengths)
+    return bytes_of(columns, ends, len(rows))
