@@ -280,7 +280,7 @@ def _resolve_strategy(
     for field, (value, why) in values.items():
         if getattr(strategy, field, None) == "auto":
             updates[field] = value
-            choices.append(Choice(f"strategy.{field}", str(value), why))
+            choices.append(Choice(f"strategy.{field}", "null" if value is None else str(value), why))
     if adapter := strategy.to_adapter():
         written = adapter.without_auto()
         where = "strategy.adapter" if strategy.name == "phases" else "strategy"

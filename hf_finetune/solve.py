@@ -31,7 +31,6 @@ Candidate = tuple[Fit, float, float]
 """A fit, the value it is judged by, and what decides between equal ones (the lower the better)."""
 PATIENCE = 4
 """Weaker weight decays in a row, half powers of ten apart, that measure no better: the path ends."""
-_EDGES = {STRENGTHS[0]: "the strongest", STRENGTHS[-1]: "the weakest"}
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,10 @@ class Solved:
     facts: dict[str, Any]
     """What was chosen, for run.json and the card."""
 
-    def __str__(self) -> str:
-        """Return what was chosen, in one line."""
-        return described(self.facts)
-
-
-def described(facts: dict[str, Any]) -> str:
-    """Return in words what a solver chose."""
-    how = f"weight decay {facts['strength']:.3g} of {facts['tried']} tried"
-    value = "" if facts["value"] is None else f", {facts['metric']} {facts['value']:.4f}"
-    if facts["solver"] == "ridge":
-        text = f"ridge: {how}, chosen by leaving out each training row{value}"
-    else:
-        text = f"lbfgs: {how}, chosen on the validation rows{value}; {facts['iterations']} iterations"
-        text += "" if facts["converged"] else ", not converged"
-    return text + (f"; {facts['edge']} one tried" if facts["edge"] else "")
+    @property
+    def note(self) -> str:
+        """What was chosen, in one line."""
+        return str(self.facts["note"])
 
 
 def solve(
@@ -104,8 +92,19 @@ def solve(
         for parameter in layer.parameters():
             broadcast(parameter.data)
     weight, bias = (tensor.detach().to(x.device, torch.float64) for tensor in (layer.weight, layer.bias))
-    chosen = {"solver": solver, "strength": fit.strength, "edge": _EDGES.get(fit.strength, "")}
-    return Solved(mean_loss(x, y, weight, bias, losses), len(x), chosen | facts)
+    facts = {"solver": solver, "strength": fit.strength} | facts
+    return Solved(mean_loss(x, y, weight, bias, losses), len(x), facts | {"note": _note(facts)})
+
+
+def _note(facts: dict[str, Any]) -> str:
+    """Return in words what a solver chose."""
+    value = "" if facts["value"] is None else f" {facts['value']:.4g}"
+    edge = {STRENGTHS[0]: "the strongest and ", STRENGTHS[-1]: "the weakest and "}.get(facts["strength"], "")
+    text = f"{facts['solver']}: weight decay {facts['strength']:.3g}, {edge}the best of {facts['tried']} tried by "
+    text += facts["metric"] + value
+    if facts["solver"] == "ridge":
+        return text
+    return text + f", {facts['iterations']} iterations" + ("" if facts["converged"] else ", not converged")
 
 
 def output_layer(setup: Setup, model: nn.Module) -> nn.Linear:
@@ -227,7 +226,7 @@ def _by_ridge(
             yield fit, value, error
 
     fit, facts = _best(candidates(), monitor.mode if metric in METRICS else "min")
-    return fit, facts | {"metric": metric}
+    return fit, facts | {"metric": f"leave-one-out {metric}"}
 
 
 def _best(

@@ -143,9 +143,8 @@ def _train(
             raise Interrupted(f"stopped by {signals[0]}")
 
     def is_over() -> bool:  # a solver at the end may come before the run's last step
-        last = at.phase + 1 == len(setup.plans)
-        end = min(at.phase_end, timeline.total_steps) if last else timeline.total_steps
-        return watch.stops or at.step >= end
+        is_last = at.phase + 1 == len(setup.plans)
+        return watch.stops or at.step >= timeline.total_steps or (is_last and at.step == at.phase_end)
 
     while at.due or not is_over():
         if at.step == at.phase_end and not at.due:
@@ -174,7 +173,7 @@ def _train(
             solved = solve(setup, plan.solver, source, model, accelerator, losses_of, while_busy)
             loss_value, rates, batch_size = solved.loss, {}, solved.rows
             record.log_solved(at.phase, solved.facts)
-            progress.say(str(solved))
+            progress.say(solved.note)
             if ema:
                 ema.set(model)
         elif not at.due:
@@ -228,9 +227,7 @@ def _train(
                 ema.update(model)
         if not at.due:
             at.step, seen, speed = at.step + 1, seen + batch_size, None
-            at.due = (
-                at.step % timeline.evaluate_every == 0 or at.step == timeline.total_steps or bool(plan.solver)
-            )
+            at.due = bool(plan.solver) or at.step % timeline.evaluate_every == 0 or is_over()
             if at.due or at.step == 1 or at.step % log_every == 0:
                 speed, seen, clock = seen / (time.monotonic() - clock), 0, time.monotonic()
                 record.log_training(at.step, at.phase, loss_value, rates, speed)

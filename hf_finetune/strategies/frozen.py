@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from hf_finetune.models.anatomy import Anatomy
 from hf_finetune.strategies.base import StrategySpec
-from hf_finetune.strategies.phase import BatchNorm, Phase, Solver
+from hf_finetune.strategies.phase import ADAPT_AND_SOLVER, BatchNorm, Phase, Solver
 
 
 class Frozen(StrategySpec):
@@ -25,9 +25,7 @@ class Frozen(StrategySpec):
     @model_validator(mode="after")
     def _features_stay(self) -> Frozen:
         if self.solver and self.batch_norm == "adapt":
-            raise ValueError(
-                f"`solver: {self.solver}` reads features that are computed once; `batch_norm: adapt` changes them"
-            )
+            raise ValueError(ADAPT_AND_SOLVER)
         return self
 
     @property

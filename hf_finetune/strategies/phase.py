@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,6 +21,10 @@ from hf_finetune.spec import Duration, DurationField, Rate, RateField, Spec
 BatchNorm = Literal["auto", "frozen", "adapt", "train"]
 Solver = Literal["lbfgs", "ridge"]
 """Fits an output layer to convergence on what the frozen layers below it compute, instead of gradient steps."""
+ADAPT_AND_SOLVER = (
+    "`solver` fits what is computed once, which `batch_norm` that adapts changes: remove one of the two"
+)
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
 SELECTORS = (
     "head",
     "all",
@@ -125,17 +129,15 @@ class Phase(Spec):
         if self.solver is None:
             return self
         if self.train not in ("head", "last:1", ["head"]):
-            raise ValueError(f"`solver: {self.solver}` fits the head alone: write `train: head`")
+            raise ValueError("`solver` fits the head alone: write `train: head`, or leave the solver out")
         plain = Phase(train="head").model_dump(by_alias=True)
         names = ("for", "until", "lr", "backbone_lr", "layer_decay", "rates")
         if given := [name for name in names if self.model_dump(by_alias=True)[name] != plain[name]]:
             raise ValueError(
-                f"`solver: {self.solver}` takes one step and no rates: remove {' and '.join(f'`{n}`' for n in given)}"
+                f"`solver` takes one step and no rates: remove {' and '.join(f'`{name}`' for name in given)}"
             )
         if self.batch_norm == "adapt":
-            raise ValueError(
-                f"`solver: {self.solver}` reads features that are computed once; `batch_norm: adapt` changes them"
-            )
+            raise ValueError(ADAPT_AND_SOLVER)
         return self
 
     @property
