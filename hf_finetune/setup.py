@@ -168,7 +168,7 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     micro_batch_size = _micro_batch_size(recipe, world_size)
     solver: tuple[Solver | None, str] = (None, "")
     if getattr(recipe.strategy, "solver", None) == "auto":
-        solver = choose_solver(recipe, backbone, splits)
+        solver = choose_solver(recipe, backbone, splits, device)
     recipe, resolved = resolve(
         recipe,
         anatomy=backbone.anatomy,
@@ -200,7 +200,7 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
             f"the last one reached trains {reached[-1].name}"
         )
     if not solver[0]:  # else it has been tried
-        _check_solvers(recipe, reached, backbone, splits)
+        _check_solvers(recipe, reached, backbone, splits, device)
     check_head_learns(reached, backbone.anatomy)
     groups = group_parameters(reached, backbone.anatomy)
     # An optimizer that cannot be built is refused here, before a run folder is made for it.
@@ -220,10 +220,12 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     )
 
 
-def _check_solvers(recipe: Recipe, plans: list[PhasePlan], backbone: Backbone, splits: Splits) -> None:
+def _check_solvers(
+    recipe: Recipe, plans: list[PhasePlan], backbone: Backbone, splits: Splits, device: torch.device
+) -> None:
     """Refuse a solver that the recipe names where it has nothing to fit."""
     for number, plan in enumerate(plans, 1):
-        if plan.solver and (why := why_unsolvable(plan, recipe, backbone, splits)):
+        if plan.solver and (why := why_unsolvable(plan, recipe, backbone, splits, device)):
             raise RecipeError(
                 f"{recipe.where('strategy')}: phase {number}: `solver: {plan.solver}` cannot fit the head: {why}. "
                 "Leave `solver` out (null): gradient steps train it."

@@ -1658,7 +1658,7 @@ BROKEN = [
         recipe.yaml:1: extends
           given bse.yaml; there is no such file
           did you mean 'base.yaml'?
-          shipped recipes: adalora, bitfit, discriminative, dora, frozen, full, gradual, gradual_plateau, ia3, layer_decay, lora, lora_plus, lora_then_layers, lp_ft, norms, scratch, surgical, base
+          shipped recipes: adalora, bitfit, discriminative, dora, frozen, full, gradual, gradual_plateau, ia3, layer_decay, lora, lora_plus, lora_then_layers, lp_ft, norms, probe, scratch, surgical, base
         1 problem in recipe.yaml
         """,
         files={"base.yaml": "strategy: frozen\n"},
