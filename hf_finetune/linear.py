@@ -52,6 +52,10 @@ class Scale:
     """(features,)"""
     spread: float
 
+    def of(self, x: Tensor) -> Tensor:
+        """Return features scaled, in float64."""
+        return (x.double() - self.mean) / self.spread
+
     def folded(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight and bias for features as they are, given those for scaled ones."""
         raw = weight / self.spread
@@ -96,22 +100,25 @@ def lbfgs_path(
         on_pass: told strength and objective after each pass over the rows; may raise to interrupt.
     """
     scale = scale_of(x)
-    weight = torch.zeros(outputs, x.shape[1], dtype=torch.float64, device=x.device, requires_grad=True)
+    squares, directions, spread = _along(scale.of(x))
+    # In these directions, each divided by the root of its curvature (a quarter of the variance, as the logistic loss has
+    # it at zero, and the decay), the problem is round: tens of passes do where plain features take thousands.
+    stretched = torch.zeros(outputs, len(squares), dtype=torch.float64, device=x.device, requires_grad=True)
     bias = torch.zeros(outputs, dtype=torch.float64, device=x.device, requires_grad=True)
-    unit = (
-        mean_loss(x, y, weight, bias, losses) or 1.0
-    )  # regression may be in any: what is minimised starts at 1
+    unit = mean_loss(spread, y, stretched, bias, losses) or 1.0  # regression may be in any: it starts at 1
+
+    def roundness(strength: float) -> Tensor:
+        return (squares / len(x) / 4 + strength).rsqrt()
 
     def objective(strength: float) -> Tensor:
-        weight.grad = bias.grad = None
+        stretched.grad = bias.grad = None
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         for start in range(0, len(x), CHUNK):
-            at = slice(start, start + CHUNK)
-            rows = (x[at].double() - scale.mean) / scale.spread
-            part = losses(F.linear(rows, weight, bias), y[at]).sum() / len(x) / unit
+            at, weight = slice(start, start + CHUNK), stretched * roundness(strength)
+            part = losses(F.linear(spread[at], weight, bias), y[at]).sum() / len(x) / unit
             part.backward()
             total += part.detach()
-        decay = strength / 2 * weight.square().sum() / unit
+        decay = strength / 2 * (stretched * roundness(strength)).square().sum() / unit
         decay.backward()
         total += decay.detach()
         on_pass(strength, float(total) * unit)
@@ -119,16 +126,26 @@ def lbfgs_path(
 
     objective(strengths[0])
     steepest = (
-        max(float(tensor.grad.abs().max()) for tensor in (weight, bias) if tensor.grad is not None) or 1.0
+        max(
+            float(each.grad.abs().max())
+            for each in (stretched, bias)
+            if each.grad is not None and each.numel()
+        )
+        or 1.0
     )
+    before = strengths[0]
     for strength in strengths:
+        with torch.no_grad():
+            stretched.mul_(roundness(before) / roundness(strength))
+        before = strength
         optimizer = torch.optim.LBFGS(
-            [weight, bias], max_iter=MAX_ITERATIONS, max_eval=2 * MAX_ITERATIONS, history_size=HISTORY,
+            [stretched, bias], max_iter=MAX_ITERATIONS, max_eval=2 * MAX_ITERATIONS, history_size=HISTORY,
             tolerance_grad=TOLERANCE * steepest, tolerance_change=1e-12, line_search_fn="strong_wolfe",
         )  # fmt: skip
         optimizer.step(partial(objective, strength))
-        iterations = int(optimizer.state[weight]["n_iter"])
-        folded = scale.folded(weight.detach(), bias.detach())
+        iterations = int(optimizer.state[stretched]["n_iter"])
+        weight = (stretched.detach() * roundness(strength)) @ directions.T
+        folded = scale.folded(weight, bias.detach().clone())
         yield Fit(*folded, strength, iterations, converged=iterations < MAX_ITERATIONS)
 
 
@@ -158,19 +175,9 @@ def ridge(
     total, root = weights.sum(), weights.sqrt()[:, None]
     scale = scale_of(x, weights)
     middle = weights @ targets / total
-    rows = (x.double() - scale.mean) / scale.spread * root
+    rows = scale.of(x) * root
     wanted = (targets - middle) * root
-    if x.shape[1] <= n:
-        squares, directions = torch.linalg.eigh(rows.T @ rows)  # (D,), (D, D)
-        kept = squares > squares[-1] * 1e-12
-        squares, directions = squares[kept], directions[:, kept]
-        spread = rows @ directions  # (N, r), its columns as long as the roots of `squares`
-    else:
-        squares, left = torch.linalg.eigh(rows @ rows.T)
-        kept = squares > squares[-1] * 1e-12
-        squares, left = squares[kept], left[:, kept]
-        spread = left * squares.sqrt()
-        directions = rows.T @ left / squares.sqrt()
+    squares, directions, spread = _along(rows)
     along = spread.T @ wanted  # (r, outputs)
     by_sample = spread.view(views, n // views, -1).transpose(0, 1)  # (samples, views, r)
     of_mean = root.view(views, -1).T  # what the free bias adds to the leverage
@@ -189,6 +196,20 @@ def ridge(
         error = torch.where(root > 0, without / root, torch.zeros_like(without))
         weight, bias = scale.folded((directions @ found).T, middle)
         yield Fit(weight, bias, strength, left_out=targets - error)
+
+
+def _along(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return squared lengths (r,), directions (D, r) and `rows @ directions` (N, r) of what spans the rows (N, D).
+
+    By one eigendecomposition of the smaller of features x features and rows x rows.
+    """
+    few = len(rows) < rows.shape[1]
+    squares, vectors = torch.linalg.eigh(rows @ rows.T if few else rows.T @ rows)
+    kept = squares > max(float(squares[-1]) * 1e-12, 0.0)
+    squares, vectors = squares[kept], vectors[:, kept]
+    if few:
+        return squares, rows.T @ vectors / squares.sqrt(), vectors * squares.sqrt()
+    return squares, vectors, rows @ vectors
 
 
 def _sum(x: Tensor, of: Callable[[Tensor, slice], Tensor]) -> Tensor:
