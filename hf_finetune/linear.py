@@ -101,8 +101,8 @@ def lbfgs_path(
     """
     scale = scale_of(x)
     squares, directions, spread = _along(scale.of(x))
-    # In these directions, each divided by the root of its curvature (a quarter of the variance, as the logistic loss has
-    # it at zero, and the decay), the problem is round: tens of passes do where plain features take thousands.
+    # In these directions, each divided by the root of its curvature (a quarter of the variance, as the logistic loss
+    # has it at zero, and the decay), the problem is round: tens of passes do where plain features take thousands.
     stretched = torch.zeros(outputs, len(squares), dtype=torch.float64, device=x.device, requires_grad=True)
     bias = torch.zeros(outputs, dtype=torch.float64, device=x.device, requires_grad=True)
     unit = mean_loss(spread, y, stretched, bias, losses) or 1.0  # regression may be in any: it starts at 1
