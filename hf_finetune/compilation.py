@@ -13,13 +13,23 @@ COMPILE_FROM_STEPS = 1_000
 
 
 def resolve_compile(
-    asked: Literal["auto", "on", "off"], device: torch.device, steps: int, phases: int
+    asked: Literal["auto", "on", "off"],
+    device: torch.device,
+    steps: int,
+    phases: int,
+    *,
+    shared: bool = False,
 ) -> tuple[Literal["on", "off"], str]:
-    """Return whether to compile a run of `steps` optimizer steps in `phases` phases, each compiled anew, and why."""
+    """Return whether to compile a run of `steps` optimizer steps in `phases` phases, each compiled anew, and why.
+
+    Not where processes hold shares of the parameters (`shared`).
+    """
     if asked != "auto":
         return asked, "as the recipe says"
     if device.type != "cuda":
         return "off", f"on a {device.type} a compiled step was no faster (docs/performance.md)"
+    if shared:
+        return "off", "FSDP2 gathers parameters layer by layer"
     each = steps // phases
     if each < COMPILE_FROM_STEPS:
         return "off", f"{each} steps in a phase do not pay for the minute that compiling takes"

@@ -13,7 +13,7 @@ from hf_finetune.models.anatomy import HEAD, Anatomy, Family
 from hf_finetune.recipe import Recipe
 from hf_finetune.spec import Duration, Rate
 from hf_finetune.strategies.base import StrategySpec
-from hf_finetune.strategies.phase import BatchNorm
+from hf_finetune.strategies.phase import BatchNorm, Solver
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,17 @@ class Choice:
 
 
 def resolve(
-    recipe: Recipe, *, anatomy: Anatomy, train_samples: int, micro_batch_size: int, total_steps: int
+    recipe: Recipe,
+    *,
+    anatomy: Anatomy,
+    train_samples: int,
+    micro_batch_size: int,
+    total_steps: int,
+    solver: tuple[Solver | None, str] = (None, ""),
 ) -> tuple[Recipe, list[Choice]]:
     """Return the recipe with optimizer, strategy, schedule and EMA written out, and why each value was chosen.
+
+    `solver` is what `solver: auto` means for this backbone and data, and why.
 
     Raises:
         RecipeError: no starting rate is published here for the chosen optimizer.
@@ -193,7 +201,9 @@ def resolve(
     decay = choose("optimizer.weight_decay", optimizer.weight_decay, start.weight_decay, source)
     optimizer = optimizer.model_copy(update={"name": name, "lr": lr, "weight_decay": decay})
 
-    strategy, strategy_choices = _resolve_strategy(strategy, start, source, train_samples, micro_batch_size)
+    strategy, strategy_choices = _resolve_strategy(
+        strategy, start, source, train_samples, micro_batch_size, solver
+    )
     choices += strategy_choices
 
     scope = choose(
@@ -241,7 +251,12 @@ def _starting_point(strategy: StrategySpec) -> str:
 
 
 def _resolve_strategy(
-    strategy: StrategySpec, start: Start, source: str, train_samples: int, micro_batch_size: int
+    strategy: StrategySpec,
+    start: Start,
+    source: str,
+    train_samples: int,
+    micro_batch_size: int,
+    solver: tuple[Solver | None, str],
 ) -> tuple[StrategySpec, list[Choice]]:
     """Return the strategy with its rates and `batch_norm` written out, and the choices made."""
     batch_norm, why_batch_norm = _batch_norm(train_samples, micro_batch_size)
@@ -255,12 +270,18 @@ def _resolve_strategy(
     for rater in ("layer_decay", "decay"):
         if getattr(strategy, rater, None) is not None:
             values["backbone_lr"] = (None, f"{rater} rates the backbone")
+    if getattr(strategy, "solver", None) == "auto":
+        values["solver"] = solver
+    if values.get("solver", (getattr(strategy, "solver", None), ""))[0]:
+        values["probe"] = (Duration(1, "steps"), "a solver takes one step")
+    else:
+        values["probe"] = (Duration(40, "%"), "long enough to converge, and most of the run is left")
     updates: dict[str, Any] = {}
     choices = []
     for field, (value, why) in values.items():
         if getattr(strategy, field, None) == "auto":
             updates[field] = value
-            choices.append(Choice(f"strategy.{field}", str(value), why))
+            choices.append(Choice(f"strategy.{field}", "null" if value is None else str(value), why))
     if adapter := strategy.to_adapter():
         written = adapter.without_auto()
         where = "strategy.adapter" if strategy.name == "phases" else "strategy"

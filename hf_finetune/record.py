@@ -181,6 +181,12 @@ class Record:
         notes = read_status(self.path).get("features", {})
         self._folder.write_status(features=notes | {f"{phase + 1} {self.setup.plans[phase].name}": note})
 
+    @by_main
+    def log_solved(self, phase: int, facts: dict) -> None:
+        """Note in run.json what a solver chose in a phase."""
+        notes = read_status(self.path).get("solved", {})
+        self._folder.write_status(solved=notes | {f"{phase + 1} {self.setup.plans[phase].name}": facts})
+
     def keep(self, model: nn.Module, best: Best, result: Evaluation) -> None:
         """Write the model as the run's best so far, and its answers on the validation set."""
         with gathered(model):

@@ -31,7 +31,8 @@ from hf_finetune.optim import SHAREABLE, ParamGroup, build_optimizer, group_para
 from hf_finetune.parallel import holding, unseen
 from hf_finetune.precision import resolve_precision
 from hf_finetune.recipe import Recipe
-from hf_finetune.strategies.phase import PhasePlan, check_head_learns, plan_phases
+from hf_finetune.solvable import choose_solver, why_unsolvable
+from hf_finetune.strategies.phase import PhasePlan, Solver, check_head_learns, plan_phases
 from hf_finetune.tasks import TASKS
 from hf_finetune.tasks.metrics import EVALUATE_PREFIX, default_metric, load_from_evaluate, metric_mode
 from hf_finetune.timeline import Timeline, build_timeline, reachable
@@ -134,9 +135,15 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
 
     image_side = min(backbone.input.size) if isinstance(backbone.input, ImageInput) else None
     sides = [side for side in (image_side, splits.report.image_side) if side]
+    cache = recipe.cache
     augment, why = resolve_augment(
         recipe.augment, splits.modality, len(splits.train), image_side=min(sides, default=None)
     )
+    if recipe.strategy.solver_steps and recipe.augment == "auto" and not getattr(cache, "views", None):
+        augment, why = (
+            [],
+            "a solver fits the rows as they are measured; `cache: {views: 4}` gives it random views",
+        )
     if not isinstance(recipe.augment, list):
         choices.append(Choice("augment", ", ".join(each.name for each in augment) or "none", why))
     where = recipe.where("training.precision")
@@ -157,7 +164,6 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         if each.startswith(EVALUATE_PREFIX):
             load_from_evaluate(each.removeprefix(EVALUATE_PREFIX), splits.labels.kind)
     mode = recipe.monitor.mode if recipe.monitor.mode != "auto" else metric_mode(metric)
-    cache = recipe.cache
     if cache == "auto":
         cache, why = CacheSpec(), "frozen layers run once for each view that comes again, where that fits"
         choices.append(Choice("cache", f"up to {cache.budget}", why))
@@ -178,12 +184,16 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         raise RecipeError(
             f"{recipe.where('training.precision')}: fp16 is not supported under FSDP2. Use bf16 or fp32, or DDP."
         )
+    solver: tuple[Solver | None, str] = (None, "")
+    if getattr(recipe.strategy, "solver", None) == "auto":
+        solver = choose_solver(recipe, backbone, splits, device, world_size)
     recipe, resolved = resolve(
         recipe,
         anatomy=backbone.anatomy,
         train_samples=len(splits.train),
         micro_batch_size=micro_batch_size,
         total_steps=timeline.total_steps,
+        solver=solver,
     )
     if recipe.training.gradient_checkpointing:
         checkpoint_gradients(backbone)
@@ -207,8 +217,16 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
             f"the run of {timeline.total_steps} steps ends before {len(plans) - len(reached)} of {len(plans)} phases; "
             f"the last one reached trains {reached[-1].name}"
         )
+    if not solver[0]:  # else it has been tried
+        _check_solvers(recipe, reached, backbone, splits, device, world_size)
     check_head_learns(reached, backbone.anatomy)
-    compiling, why = resolve_compile(recipe.training.compile, device, timeline.total_steps, len(reached))
+    compiling, why = resolve_compile(
+        recipe.training.compile,
+        device,
+        timeline.total_steps,
+        len(reached),
+        shared=holding(world_size) == "fsdp2",
+    )
     if recipe.training.compile == "auto":
         resolved.append(Choice("training.compile", compiling, why))
         training = recipe.training.model_copy(update={"compile": compiling})
@@ -231,6 +249,23 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     )
 
 
+def _check_solvers(
+    recipe: Recipe,
+    plans: list[PhasePlan],
+    backbone: Backbone,
+    splits: Splits,
+    device: torch.device,
+    world_size: int,
+) -> None:
+    """Refuse a solver that the recipe names where it has nothing to fit."""
+    for number, plan in enumerate(plans, 1):
+        if plan.solver and (why := why_unsolvable(plan, recipe, backbone, splits, device, world_size)):
+            raise RecipeError(
+                f"{recipe.where('strategy')}: phase {number}: `solver: {plan.solver}` cannot fit the head: {why}. "
+                "Leave `solver` out (null): gradient steps train it."
+            )
+
+
 def _found(backbone: Backbone) -> list[str]:
     """Return what to know of how the backbone was found."""
     notes = [backbone.report.note] if backbone.report.note else []
@@ -245,6 +280,10 @@ def _found(backbone: Backbone) -> list[str]:
 def _check_shareable(recipe: Recipe) -> None:
     """Refuse what does not work where processes share out every parameter (FSDP2)."""
     adapter, name = recipe.strategy.to_adapter(), recipe.optimizer.name
+    if recipe.training.compile == "on":
+        raise RecipeError(
+            f"{recipe.where('training.compile')}: a compiled step is not supported under FSDP2. Set it to off."
+        )
     if recipe.backbone.quantize:
         raise RecipeError(
             f"{recipe.where('backbone.quantize')}: quantised weights cannot be shared out by FSDP2. Remove it, or "

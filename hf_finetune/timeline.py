@@ -31,6 +31,8 @@ class Timeline:
 
 def build_timeline(recipe: Recipe, train_samples: int) -> Timeline:
     """Return the run's timeline for `train_samples` samples; the last short batch of an epoch is a step too."""
+    if steps := recipe.strategy.solver_steps:
+        return Timeline(steps_per_epoch=1, total_steps=steps, evaluate_every=1)  # each reads every row
     steps_per_epoch = math.ceil(train_samples / recipe.training.batch_size)
     epochs = recipe.training.epochs
     total = recipe.training.steps or max(1, round((epochs or 1) * steps_per_epoch))
@@ -41,18 +43,20 @@ def build_timeline(recipe: Recipe, train_samples: int) -> Timeline:
 def phase_end(plans: Sequence[PhasePlan], index: int, start: int, timeline: Timeline) -> int:
     """Return the step at which phase `index`, entered at step `start`, ends at the latest.
 
-    The last phase takes what is left. A phase with `until` and no `for` may take all that is left. Phases with neither
-    share equally what the fixed ones after them leave over.
+    A solver takes one step. The last phase that takes gradient steps takes what is left. A phase with `until` and no
+    `for` may take all that is left. Phases with neither share equally what the fixed ones after them leave over.
     """
+    plan, later = plans[index], [p for p in plans[index + 1 :] if not p.solver]
     left = timeline.total_steps - start
-    if index == len(plans) - 1:
-        return timeline.total_steps
-    plan = plans[index]
+    if plan.solver:
+        return start + min(left, 1)
+    left = max(1, left - sum(p.solver is not None for p in plans[index + 1 :]))
+    if not later:
+        return start + left
     if plan.duration is not None:
         return start + min(left, timeline.steps(plan.duration))
     if plan.patience is not None:
-        return timeline.total_steps
-    later = plans[index + 1 :]
+        return start + left
     fixed = sum(timeline.steps(p.duration) for p in later if p.duration is not None)
     sharing = 1 + sum(p.duration is None for p in later)
     return start + min(left, max(1, (left - fixed) // sharing))

@@ -31,6 +31,7 @@ from hf_finetune.record import Record, Status, start_accelerator
 from hf_finetune.runfolder import Run, load_run
 from hf_finetune.schedule import ReduceOnPlateau
 from hf_finetune.setup import Setup, prepare, process_state
+from hf_finetune.solve import solve
 from hf_finetune.stopping import asked_to_stop, named_failures, non_finite, watched_signals
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.timeline import phase_end, rate_multiple
@@ -84,7 +85,10 @@ def finetune(
     progress.say(f"{setup.trainable_size:,} of {setup.total_size:,} parameters train ({share:.3g} %)")
     failures = named_failures(setup.micro_batch_size)
     with watched_signals() as signals, progress, record.closing(accelerator), failures:
-        status, why = _train(setup, accelerator, record, progress, signals)
+        try:
+            status, why = _train(setup, accelerator, record, progress, signals)
+        except Interrupted as asked:  # between two steps; the state is saved
+            status, why = "interrupted", str(asked)
         record.keep_if_none(setup.backbone.model)  # where no evaluation gave a number
         if status == "done":
             progress.doing("comparing")
@@ -119,7 +123,8 @@ def _train(
     optimizer = accelerator.prepare_optimizer(optimizer)
 
     mixing = mixers(setup.augmentations)
-    class_weight = torch.tensor(setup.class_weights, device=device) if setup.class_weights else None
+    weight = torch.tensor(setup.class_weights, device=device) if setup.class_weights else None
+    losses_of = partial(sample_losses, kind, class_weights=weight, label_smoothing=training.label_smoothing)
 
     reduce = recipe.schedule if isinstance(recipe.schedule, ReduceOnPlateau) else None
     at, watch = Position(), Watch.of(monitor, reduce)
@@ -138,16 +143,21 @@ def _train(
     def while_busy(what: str) -> None:
         progress.doing(what)
         if world == 1 and signals:  # several processes must come to the same end: they stop after it
+            save()
             raise Interrupted(f"stopped by {signals[0]}")
 
-    while at.due or (at.step < timeline.total_steps and not watch.stops):
+    def is_over() -> bool:  # a solver at the end may come before the run's last step
+        is_last = at.phase + 1 == len(setup.plans)
+        return watch.stops or at.step >= timeline.total_steps or (is_last and at.step == at.phase_end)
+
+    while at.due or not is_over():
         if at.step == at.phase_end and not at.due:
             at.phase, at.phase_start = at.phase + 1, at.step
             at.phase_end = phase_end(setup.plans, at.phase, at.step, timeline)
             watch.enter_phase(setup.plans[at.phase].patience)
             if len(setup.plans) > 1:
                 named = f"phase {at.phase + 1} of {len(setup.plans)} from step {at.step}"
-                progress.say(f"{named}: {setup.plans[at.phase].name} learns")
+                progress.say(f"{named}: {setup.plans[at.phase].described}")
         if entered != at.phase:
             # Other layers learn from here on.
             if entered >= 0:
@@ -158,18 +168,22 @@ def _train(
             scope.apply(plan, setup.backbone.anatomy, feed.homes)
             still = fingerprints(frozen_tensors(model, plan))
             entering = time.monotonic()
-            try:  # what is frozen is computed once
-                source = feed.enter(at.phase, still, measured, on_batch=while_busy, say=progress.say)
-            except Interrupted as stopped:
-                save()
-                return "interrupted", str(stopped)
+            # What is frozen is computed once.
+            source = feed.enter(at.phase, still, measured, on_batch=while_busy, say=progress.say)
             record.log_features(at.phase, source.note)
             wrapped, batches = wrap(accelerator, model), None
             if training.compile == "on" and source.train is feed.plain.train:  # layers above features are few
                 wrapped = compiled(wrapped)
             clock += time.monotonic() - entering  # that does not count as training time
 
-        if not at.due:
+        if plan.solver and not at.due:
+            solved = solve(setup, plan.solver, source, model, accelerator, losses_of, while_busy)
+            loss_value, rates, batch_size = solved.loss, {}, solved.rows
+            record.log_solved(at.phase, solved.facts)
+            progress.say(solved.note)
+            if ema:
+                ema.set(model)
+        elif not at.due:
             epoch, batch_index = divmod(at.step, timeline.steps_per_epoch)
             if batches is None or batch_index == 0:
                 batches = iterate_batches(source.train, epoch, batch_index)
@@ -195,13 +209,7 @@ def _train(
                 with nullcontext() if number == len(micro_batches) else accelerator.no_sync(wrapped):
                     with accelerator.autocast():
                         logits = source.forward(wrapped, inputs)
-                    losses = sample_losses(
-                        kind,
-                        logits,
-                        targets,
-                        class_weights=class_weight,
-                        label_smoothing=training.label_smoothing,
-                    )
+                    losses = losses_of(logits, targets)
                     # Summed over samples and divided by the whole batch: short batches and uneven shares weigh
                     # right. DDP averages over processes, hence the factor.
                     share = (losses * batch["weights"].to(device)).sum() / batch_size
@@ -224,38 +232,31 @@ def _train(
             optimizer.zero_grad()
             if ema:
                 ema.update(model)
+        if not at.due:
             at.step, seen, speed = at.step + 1, seen + batch_size, None
-            at.due = at.step % timeline.evaluate_every == 0 or at.step == timeline.total_steps
+            at.due = bool(plan.solver) or at.step % timeline.evaluate_every == 0 or is_over()
             if at.due or at.step == 1 or at.step % log_every == 0:
                 speed, seen, clock = seen / (time.monotonic() - clock), 0, time.monotonic()
                 record.log_training(at.step, at.phase, loss_value, rates, speed)
             progress.step(
-                step=at.step,
-                epoch=timeline.epoch(at.step),
-                phase=plan.name,
-                loss=loss_value,
-                lrs=rates,
+                step=at.step, epoch=timeline.epoch(at.step), phase=plan.name, loss=loss_value, lrs=rates,
                 samples_per_second=speed,
-            )
+            )  # fmt: skip
         if why := asked_to_stop(signals, training.max_hours, record.started, accelerator):
             save()
             return "interrupted", why
         if at.due:
             if world > 1:
                 share_buffers(measured)
-            try:
-                result = evaluate(
-                    measured,
-                    source.validation,
-                    splits.labels,
-                    record.metrics,
-                    accelerator,
-                    forward=source.forward,
-                    on_batch=lambda: while_busy("evaluating"),
-                )
-            except Interrupted as stopped:  # the evaluation stays due
-                save()
-                return "interrupted", str(stopped)
+            result = evaluate(
+                measured,
+                source.validation,
+                splits.labels,
+                record.metrics,
+                accelerator,
+                forward=source.forward,
+                on_batch=lambda: while_busy("evaluating"),  # stopped here, it stays due
+            )
             at.due, value = False, result.value(monitor.metric)
             is_best = watch.best.update(
                 value, step=at.step, epoch=timeline.epoch(at.step), metrics=result.metrics
@@ -279,7 +280,7 @@ def _train(
                 at.phase_end = at.step  # this phase has given what it can; the next ones have yet to begin
                 watch.early.restart()
             clock = time.monotonic()  # evaluating does not count as training time
-        if save_every and at.step % save_every == 0 and at.step < timeline.total_steps and not watch.stops:
+        if save_every and at.step % save_every == 0 and not is_over():
             save()
     if entered >= 0:
         together(partial(check_frozen, model, setup.plans[entered], still))

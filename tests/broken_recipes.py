@@ -417,7 +417,7 @@ BROKEN = [
         recipe.yaml:3: strategy.phases.0.for_
           unknown key, given 1 epoch
           did you mean 'for'?
-          allowed: train, for, until, lr, backbone_lr, layer_decay, rates, batch_norm
+          allowed: train, for, until, lr, backbone_lr, layer_decay, rates, batch_norm, solver
         1 problem in recipe.yaml
         """,
     ),
@@ -656,7 +656,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:1: strategy.probe
-          given 0 epochs; allowed: N epochs, N steps or N%
+          given 0 epochs; allowed: auto, N epochs, N steps or N%
           a duration is longer than zero
         recipe.yaml:2: schedule.warmup
           given 120%; allowed: auto, null, N epochs, N steps or N%
@@ -844,7 +844,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:1: strategy.phases
-          given []; allowed: a list of sections with train, for, until, lr, backbone_lr, layer_decay, rates, batch_norm, not empty
+          given []; allowed: a list of sections with train, for, until, lr, backbone_lr, layer_decay, rates, batch_norm, solver, not empty
         1 problem in recipe.yaml
         """,
     ),
@@ -1315,6 +1315,155 @@ BROKEN = [
         """,
     ),
     Broken(
+        "solver of another name",
+        """
+        strategy: {name: frozen, solver: newton}
+        """,
+        """
+        recipe.yaml:1: strategy.solver
+          given newton; allowed: lbfgs, ridge or null
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "solver without features",
+        """
+        strategy: {name: frozen, solver: lbfgs}
+        cache: off
+        """,
+        """
+        recipe.yaml:1: strategy.solver
+          given lbfgs, with cache: off (recipe.yaml:2)
+          lbfgs fits features that are computed once, and `off` keeps none
+          set cache: auto, or remove the solver
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "solver and checkpointing",
+        """
+        strategy: {name: lp_ft, solver: ridge}
+        training: {gradient_checkpointing: true}
+        """,
+        """
+        recipe.yaml:1: strategy.solver
+          given ridge, with training.gradient_checkpointing: true (recipe.yaml:2)
+          ridge fits features that are computed once, and checkpointing runs layers again
+          remove training.gradient_checkpointing, or the solver
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "solver and mixing",
+        """
+        strategy: {phases: [{train: head, solver: lbfgs}, {train: all}]}
+        augment: [mixup]
+        """,
+        """
+        recipe.yaml:1: strategy.phases.0.solver
+          given lbfgs, with augment.0.name: mixup (recipe.yaml:2)
+          lbfgs fits rows one by one, and mixing blends the targets of two
+          remove the solver, or what mixes
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "solver and augmentation",
+        """
+        strategy: {name: frozen, solver: lbfgs}
+        augment: [horizontal_flip]
+        """,
+        """
+        recipe.yaml:2: augment
+          given [{name: horizontal_flip}], with strategy.solver: lbfgs (recipe.yaml:1)
+          lbfgs fits the rows as they are measured, so nothing would be augmented
+          remove augment, or keep random views of each row: cache: {views: 4}
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "solved probe with a length",
+        """
+        strategy: {name: lp_ft, solver: lbfgs, probe: 2 epochs}
+        """,
+        """
+        recipe.yaml:1: strategy.probe
+          given 2 epochs, with strategy.solver: lbfgs (recipe.yaml:1)
+          lbfgs fits the head to convergence in one step
+          remove strategy.probe, or set strategy.solver: null for gradient steps
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "solver of more than the head",
+        """
+        strategy: {phases: [{train: last:2, solver: lbfgs}]}
+        """,
+        """
+        recipe.yaml:1: strategy.phases.0.solver
+          given lbfgs
+          `solver` fits the head alone
+          write `train: head`, or leave the solver out
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "solver with rates",
+        """
+        strategy: {phases: [{train: head, solver: ridge, for: 2 epochs, lr: 0.1x}, {train: all}]}
+        """,
+        """
+        recipe.yaml:1: strategy.phases.0.lr
+          given 0.1x, with strategy.phases.0.solver: ridge (recipe.yaml:1), with strategy.phases.0.for: 2 epochs (recipe.yaml:1)
+          `solver` takes one step and no rates
+          remove `for` and `lr`
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "solver and moving statistics",
+        """
+        strategy: {name: frozen, solver: ridge, batch_norm: adapt}
+        """,
+        """
+        recipe.yaml:1: strategy.batch_norm
+          given adapt, with strategy.solver: ridge (recipe.yaml:1)
+          `solver` fits what is computed once, which `batch_norm` that adapts changes
+          remove one of the two
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "solver after an average",
+        """
+        strategy: {phases: [{train: all}, {train: head, solver: ridge}]}
+        training: {ema: {}}
+        """,
+        """
+        recipe.yaml:2: training.ema
+          given {}, with strategy.phases.1.solver: ridge (recipe.yaml:1)
+          the head would be fitted to the weights as they are and measured on their average
+          remove training.ema, or put the solver's phase first
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "phases too short before a solver",
+        """
+        strategy:
+          phases:
+            - {train: all, for: 2 epochs}
+            - {train: head, solver: ridge}
+        """,
+        """
+        recipe.yaml:3: strategy.phases.0.for
+          given 2 epochs, with training.epochs: 10 (default)
+          the phases take only 20% of the run
+          remove `for` from the last phase: it takes what is left
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
         "frozen random weights",
         """
         strategy: frozen
@@ -1522,7 +1671,7 @@ BROKEN = [
         recipe.yaml:1: extends
           given bse.yaml; there is no such file
           did you mean 'base.yaml'?
-          shipped recipes: adalora, bitfit, discriminative, dora, frozen, full, gradual, gradual_plateau, ia3, layer_decay, lora, lora_plus, lora_then_layers, lp_ft, norms, scratch, surgical, base
+          shipped recipes: adalora, bitfit, discriminative, dora, frozen, full, gradual, gradual_plateau, ia3, layer_decay, lora, lora_plus, lora_then_layers, lp_ft, norms, probe, scratch, surgical, base
         1 problem in recipe.yaml
         """,
         files={"base.yaml": "strategy: frozen\n"},
@@ -1733,7 +1882,7 @@ BROKEN = [
         recipe.yaml:2: strategy.prob
           unknown key, given 2 epochs
           did you mean 'probe'?
-          allowed: name, probe, full_lr, batch_norm
+          allowed: name, solver, probe, full_lr, batch_norm
         recipe.yaml:5: training.micro_batch_size
           given 20, with training.batch_size: 30 (recipe.yaml:4)
           it does not divide the batch of an optimizer step, which takes a whole number of forward passes

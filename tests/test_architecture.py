@@ -26,17 +26,17 @@ LAYERS: list[tuple[str, set[str]]] = [
     ),
     (
         "parts: each knows its own spec, none knows the recipe",
-        {"augment", "data", "models", "tasks.loss", "emissions", "evaluation", "features", "freeze", "fetch", "parallel", "progress", "report", "runfolder"},
+        {"augment", "data", "models", "tasks.loss", "emissions", "evaluation", "features", "freeze", "fetch", "linear", "parallel", "progress", "report", "runfolder"},
     ),
     (
         "recipe: the specs composed, read, checked and written",
         {"checks", "foreign_names", "recipe", "recipe_errors", "recipe_layers", "recipe_schema", "recipe_spec",
          "yaml_source"},
     ),
-    ("plan: a recipe on one backbone, one data set, one machine", {"compilation", "defaults", "precision", "timeline", "setup"}),
+    ("plan: a recipe on one backbone, one data set, one machine", {"compilation", "defaults", "precision", "timeline", "setup", "solvable"}),
     (
         "run: the loop and what it leaves behind",
-        {"checkpoint", "features.feed", "hub", "position", "record", "resume", "runlock", "stopping", "together", "train", "trained"},
+        {"checkpoint", "features.feed", "hub", "position", "record", "resume", "runlock", "solve", "stopping", "together", "train", "trained"},
     ),
     ("entries: what people call", {"", "cli", "compare", "explain", "export", "inference"}),
 ]  # fmt: skip

@@ -41,6 +41,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "ema": ("vit", FULL | {"training": {"ema": {"decay": 0.5}}}),
     "class weights": ("vit", FULL | {"data": {"class_weights": "balanced"}}),
     "lp_ft": ("resnet", {"strategy": {"name": "lp_ft", "full_lr": "0.1x", "probe": "2 steps"}, "training": {"steps": 5}}),
+    "a solved head, then all": ("bert-dry", {"strategy": {"name": "lp_ft", "full_lr": "0.1x"}} | SGD),
+    "ridge": ("resnet", {"strategy": {"name": "frozen", "solver": "ridge"}}),
     "an unused mask token": ("vision-dinov2", FULL),
 }  # fmt: skip
 # Batch statistics are each process's own, so these are not compared with one process.

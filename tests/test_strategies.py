@@ -51,7 +51,7 @@ LEARNS: dict[str, tuple[Any, Belongs]] = {
     "discriminative": ("discriminative", lambda p, a: True),
     "layer_decay": ({"name": "discriminative", "layer_decay": 0.8}, lambda p, a: True),
     "gradual": ({"name": "gradual", "every": STEP}, lambda p, a: True),
-    "lp_ft": ({"name": "lp_ft", "full_lr": "0.5x"}, lambda p, a: True),
+    "lp_ft": ({"name": "lp_ft", "solver": None, "full_lr": "0.5x"}, lambda p, a: True),
     "surgical": ("surgical", first_third),
     "bitfit": ("bitfit", lambda p, a: p.is_bias or p.group == HEAD),
     "norms": ("norms", lambda p, a: p.in_norm or p.group == HEAD),

@@ -23,7 +23,12 @@ ARMS = ("scratch", "full", "frozen", "discriminative")
 
 
 def _accuracy(name: str, seed: int, folder: Path) -> float:
-    overrides = [f"training.seed={seed}", "training.epochs=6", "monitor.evaluate=6 epochs", "training.reload_check=false"]
+    overrides = [
+        f"training.seed={seed}",
+        "training.epochs=6",
+        "monitor.evaluate=6 epochs",
+        "training.reload_check=false",
+    ]
     run = finetune(load_recipe(name, [*overrides, f"output={folder / f'{name}-{seed}'}"]), quiet=True)
     assert run.best is not None
     return float(run.best["value"])

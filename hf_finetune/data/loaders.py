@@ -7,6 +7,7 @@ process in step.
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import threading
@@ -125,6 +126,14 @@ class TrainSet(EvalSet):
         """Views of each row that `features` holds."""
         if isinstance(model_input, ImageInput):
             self.transform = build_train_transform(self.augmentations, model_input)
+
+    def unchanged(self) -> TrainSet:
+        """Return the same rows as the model is measured on them: without augmentation."""
+        plain = copy.copy(self)
+        plain.augmentations = []
+        if isinstance(self.input, ImageInput):
+            plain.transform = build_train_transform([], self.input)
+        return plain
 
     def __getitem__(self, key: Any) -> Sample:
         epoch, index, weight = (*key, 1.0)[:3]

@@ -123,7 +123,8 @@ def compute(
         if accelerator.num_processes > 1:
             broadcast_object_list(shared)
         writers.extend(Writer(f, w.columns, w.ends, w.rows) for f, w in zip(shared[0], wants, strict=True))
-        for rows, batch in _batches(wants[0], accelerator, workers):
+        shares = accelerator.process_index, accelerator.num_processes
+        for rows, batch in _batches(wants[0], *shares, workers):
             for writer, features in zip(writers, run_prefix(wants, batch, model, accelerator), strict=True):
                 writer.write(rows, features, pad_left=wants[0].pads_left)
             on_batch()
@@ -159,6 +160,26 @@ def compute(
     return found[0]
 
 
+def hold(
+    want: Want, model: nn.Module, accelerator: Accelerator, *, workers: int, on_batch: Callable[[], None]
+) -> Stored:
+    """Return features that stay in memory, for where no disk takes them; each process computes all rows."""
+    entries = {True: int(want.ends[-1]) if len(want.ends) else 0, False: want.rows}
+    tensors = {
+        name: torch.empty(entries[column.ragged], *column.shape, dtype=column.dtype)
+        for name, column in want.columns.items()
+    }
+    held = Stored(Path(), want.columns, tensors, want.ends)
+    for rows, batch in _batches(want, 0, 1, workers):
+        computed = run_prefix([want], batch, model, accelerator)[0]
+        for name, column in want.columns.items():
+            for row, values in zip(rows, computed[name].cpu(), strict=True):
+                place = held(row)[name]
+                place.copy_(_unpadded(values, len(place), want.pads_left) if column.ragged else values)
+        on_batch()
+    return held
+
+
 def _together(action: Callable[[], None], accelerator: Accelerator) -> None:
     """Let every process act; where one cannot, all raise."""
     reason = None
@@ -175,15 +196,13 @@ def _gathered(value: Any, accelerator: Accelerator) -> list[Any]:
     return list(gather_object([value])) if accelerator.num_processes > 1 else [value]
 
 
-def _batches(
-    want: Want, accelerator: Accelerator, workers: int
-) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Yield this process's batches of a split as (rows, batch); texts of like length together."""
+def _batches(want: Want, rank: int, world: int, workers: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Yield a process's batches of a split as (rows, batch); texts of like length together."""
     order = np.arange(want.rows)
     if len(want.ends):
         order = np.argsort(-np.diff(want.ends, prepend=0), kind="stable")
     batches = [order[start : start + BATCH].tolist() for start in range(0, want.rows, BATCH)]
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    mine = batches[rank::world]
     keys = [[want.sample_key(row) for row in batch] for batch in mine]
     yield from zip(mine, loader_over(want.data, keys, workers=workers), strict=True)
 

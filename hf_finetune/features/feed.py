@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hf_finetune.data.loaders import collate
+from hf_finetune.data.loaders import EvalSet, TrainSet, collate, loader_over
+from hf_finetune.errors import TrainingError
 from hf_finetune.evaluation import to_device
-from hf_finetune.features.compute import Want, compute, find
+from hf_finetune.features.compute import Want, compute, find, hold
 from hf_finetune.features.cut import Cut, Inputs
 from hf_finetune.features.keys import architecture_digest, rows_digest, view_of
 from hf_finetune.features.plan import Plan, column_of, within_budget
@@ -35,6 +36,8 @@ from hf_finetune.timeline import phase_end
 
 SHAPING_PACKAGES = ("torch", "torchvision", "timm", "transformers", "peft", "pillow", "hf-finetune")
 """Packages whose other version may compute other features."""
+SOLVER_BATCH = 512
+"""Rows that a solver reads together."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Source:
     forward: Callable[[nn.Module, Inputs], Tensor]
     note: str = ""
     """What is computed once, in words, and why no more."""
+    views: int = 1
+    """For a solver, which reads all rows in their order, view after view: how many views of each."""
 
 
 class Feed:
@@ -55,9 +60,11 @@ class Feed:
         self.setup, self.accelerator, self.model = setup, accelerator, model
         self.homes = module_groups(model, setup.backbone.anatomy)
         self.train, self.validation = build_sets(setup)
+        self.measured_train = self.train.unchanged()
+        """Training rows as they would be measured: what a solver fits."""
         self.plain = Source(*build_loaders(setup, accelerator, (self.train, self.validation)), forward)
         self._cuts: dict[int, Cut | NoCutError] = {}
-        self._digests: dict[tuple[str, int], tuple[str, np.ndarray]] = {}
+        self._digests: dict[tuple[int, int], tuple[str, np.ndarray]] = {}
 
     def enter(
         self,
@@ -76,6 +83,9 @@ class Feed:
             measured: the model that is evaluated: the one that trains, or its average.
             say: told what is computed once, and what is wrong with features on disk.
             on_batch: called after each batch, with what is being done; may raise to interrupt.
+
+        Raises:
+            TrainingError: a solver's phase has no features to fit.
         """
         with gathered(*dict.fromkeys((self.model, measured))):
             return self._enter(phase, still, measured, say=say, on_batch=on_batch)
@@ -90,29 +100,52 @@ class Feed:
         on_batch: Callable[[str], None],
     ) -> Source:
         plan, found = self.plan(phase, still, measured), {}
+        solver, workers = self.setup.plans[phase].solver, int(self.setup.recipe.data.workers)
+        if solver and "train" not in plan.wants:
+            raise TrainingError(
+                f"`solver: {solver}` fits features of the frozen layers, and there are none: {plan}. "
+                "Leave `solver` out (strategy.solver=null): gradient steps train the head."
+            )
         for split, want in list(plan.wants.items()):
             try:
                 found[split] = find(want, self.model, self.accelerator, say) or compute(
-                    [want, *self._ahead(phase, split, still)],
+                    [want, *self._ahead(phase, split, want, still)],
                     self.model,
                     self.accelerator,
-                    workers=int(self.setup.recipe.data.workers),
+                    workers=workers,
                     on_batch=lambda: on_batch("computing features"),
                 )
             except StoreError as error:
-                del plan.wants[split]
                 plan.why_not[split] = str(error)
+                if solver:  # a head that is fitted ends the same wherever its features lie
+                    plan.why_not[split] += ", so they stay in memory"
+                    found[split] = hold(
+                        want,
+                        self.model,
+                        self.accelerator,
+                        workers=workers,
+                        on_batch=lambda: on_batch("computing features"),
+                    )
+                else:
+                    del plan.wants[split]
         note = str(plan)
         if "" not in plan.why_not or self._depth(phase) > 1:
             say(f"frozen layers: {note}")
         if not found:
             return replace(self.plain, note=note)
         train, validation = copy.copy(self.train), copy.copy(self.validation)
+        if solver:
+            train = copy.copy(self._read_by_solver())
         train.features, validation.features = found.get("train"), found.get("validation")
         train.views = plan.wants["train"].views if "train" in found else None
         loaders = build_loaders(self.setup, self.accelerator, (train, validation))
         source = replace(self.plain, forward=plan.forward, note=note)
-        if "train" in found:
+        if solver:
+            want = plan.wants["train"]
+            keys = [want.sample_key(row) for row in range(want.rows)]
+            batches = [keys[start : start + SOLVER_BATCH] for start in range(0, len(keys), SOLVER_BATCH)]
+            source = replace(source, train=loader_over(train, batches, workers=0), views=want.views)
+        elif "train" in found:
             source = replace(source, train=loaders[0])
         if "validation" in found:
             source = replace(source, validation=loaders[1])
@@ -135,7 +168,10 @@ class Feed:
         spec = _spec(setup)
         plan, (epochs, evaluations) = Plan(), self._reads(phase)
         views = (spec.views or 0) if setup.augmentations else 1
-        if setup.mixes:
+        if setup.plans[phase].solver:
+            evaluations += 2  # it measures as it goes
+            plan.wants["train"] = self._want("train", cut, views or 1, still, spec, self._read_by_solver())
+        elif setup.mixes:
             plan.why_not["train"] = "mixup and cutmix make other images in every epoch"
         elif not views:
             plan.why_not["train"] = (
@@ -144,24 +180,30 @@ class Feed:
         elif epochs < 2 * views:
             plan.why_not["train"] = f"{epochs:.3g} epochs read each of {views} views less than twice"
         else:
-            plan.wants["train"] = self._want("train", cut, views, still, spec)
+            plan.wants["train"] = self._want("train", cut, views, still, spec, self.train)
         if evaluations < 2:
             plan.why_not["validation"] = "measured once"
         elif not self._same(measured, cut):
             plan.why_not["validation"] = "the average of the weights still moves in the frozen layers"
         else:
-            plan.wants["validation"] = self._want("validation", cut, 1, still, spec)
+            plan.wants["validation"] = self._want("validation", cut, 1, still, spec, self.validation)
         return within_budget(plan, spec)
 
     def starts_pass(self, phase: int) -> bool:
         """Return whether a phase is the first of those whose features one pass computes."""
         return self._chain(phase).start == phase
 
-    def _want(self, split: str, cut: Cut, views: int, still: dict[str, str], spec: CacheSpec) -> Want:
-        data = self.train if split == "train" else self.validation
-        if (split, views) not in self._digests:
-            self._digests[split, views] = rows_digest(data, views)
-        digest, ends = self._digests[split, views]
+    def _read_by_solver(self) -> TrainSet:
+        """Return the training rows that a solver fits: as they are measured, or in the views that are kept of them."""
+        shown = not self.setup.augmentations or _spec(self.setup).views
+        return self.train if shown else self.measured_train
+
+    def _want(
+        self, split: str, cut: Cut, views: int, still: dict[str, str], spec: CacheSpec, data: EvalSet
+    ) -> Want:
+        if (id(data), views) not in self._digests:
+            self._digests[id(data), views] = rows_digest(data, views)
+        digest, ends = self._digests[id(data), views]
         columns = {name: column_of(leaf, spec) for name, leaf in cut.stored.items()}
         known, recipe = versions(), self.setup.recipe
         parts = {
@@ -177,12 +219,16 @@ class Feed:
         }
         return Want(data, views, cut, columns, ends, parts)
 
-    def _ahead(self, phase: int, split: str, still: dict[str, str]) -> list[Want]:
-        """Return what later phases want of a split: this phase's pass computes it along, as far as the budget goes."""
+    def _ahead(self, phase: int, split: str, own: Want, still: dict[str, str]) -> list[Want]:
+        """Return what later phases want of the same rows: one pass computes it along, as far as the budget goes."""
         found: list[Want] = []
         for later in range(phase + 1, self._chain(phase).stop):
             want = self.plan(later, still, self.model).wants.get(split)
-            if want is None or sum(each.size for each in [*found, want]) > _spec(self.setup).budget.bytes:
+            if (
+                want is None
+                or want.data is not own.data
+                or sum(each.size for each in [*found, want]) > _spec(self.setup).budget.bytes
+            ):
                 break
             found.append(want)
         return found

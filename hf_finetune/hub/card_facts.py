@@ -94,6 +94,11 @@ class CardFacts:
         return self.adapter is not None and not self.merged
 
     @property
+    def solved(self) -> list[Mapping[str, Any]]:
+        """What run.json says of output layers that a solver fitted, by phase."""
+        return list(self.run.get("solved", {}).values())
+
+    @property
     def evaluations(self) -> int:
         """Number of evaluations so far."""
         return sum(row.get("split") == "validation" for row in self.rows)

@@ -82,6 +82,11 @@ def results(facts: CardFacts) -> str:
             f"{facts.quantized['layers']} linear layers of its blocks). On the base model in full precision the "
             "adapter works too, and answers differ a little."
         )
+    if count == 1 and any(each["solver"] == "lbfgs" for each in facts.solved):
+        lines.append(
+            "The same rows chose the weight decay and measured the weights, so the figures are on the optimistic side; "
+            "rows the run never saw would tell more."
+        )
     if count > 1:
         lines.append(
             f"These are the best of {count} evaluations by validation {best['metric']}. The same rows chose and "
@@ -171,6 +176,9 @@ def training(facts: CardFacts) -> str:
         "## Training",
         f"Strategy `{facts.recipe.strategy.name}`: {facts.trainable_size:,} of {facts.total_size:,} parameters "
         f"({share:.3g} %) learned.{adapters(facts)}",
+    ]
+    lines += [
+        f"The output layer was fitted to convergence by {plain(each['note'])}." for each in facts.solved
     ]
     if facts.phases:
         lines += ["Phases:", table(facts.phases)]

@@ -242,6 +242,7 @@ def _anatomy(
                 in_batch_norm=isinstance(owners[name], _NormBase),
                 decays=tensor.ndim > 1 and not is_bias and not in_norm and not exempt(name),
                 is_new=name in new,
+                is_output=name.rpartition(".")[0] in outputs,
             )
         )
     used = set(settled.values())

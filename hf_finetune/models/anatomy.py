@@ -33,6 +33,8 @@ class Parameter:
     """Newly initialised: the checkpoint does not hold it."""
     is_adapter: bool = False
     """Added to a pretrained layer by an adapter method; its group is that layer's."""
+    is_output: bool = False
+    """Weight or bias of the layer whose outputs are the logits."""
     is_fixed: bool = False
     """Never trained: quantised weights, or a constant that a library keeps as a parameter."""
 

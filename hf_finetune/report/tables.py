@@ -98,9 +98,11 @@ def phase_table(
         rest = [base_lr * m for name, m in plan.multiples.items() if groups[name] != HEAD]
         count = steps[number] if steps is not None else None
         length = f"{count:,} steps" if count is not None else str(plan.duration or "the rest")
+        if plan.solver:
+            length = "1 step"
         rows.append([
             number + 1, plan.name, length + (" or plateau" if plan.patience else ""), short_count(learning),
-            f"{100 * learning / total:.3g} %", _rates(head), _rates(rest), plan.batch_norm,
+            f"{100 * learning / total:.3g} %", plan.solver or _rates(head), _rates(rest), plan.batch_norm,
         ])  # fmt: skip
     columns = ("phase", "trains", "for", "trainable", "share", "head's rate", "other rates", "batch norm")
     return Table("Phases", columns, rows)
@@ -109,7 +111,8 @@ def phase_table(
 def layer_table(plans: Sequence[PhasePlan], anatomy: Anatomy, base_lr: float) -> Table:
     """Return each layer group with its parameters and its rate in every phase, `-` where it is frozen.
 
-    Of many phases, the ones in which the group learns and the span of its rates.
+    Where a solver fits it, its name stands for the rate. Of many phases, the ones in which the group learns and the
+    span of its rates.
     """
     rows = []
     for group in anatomy.groups:
@@ -118,7 +121,11 @@ def layer_table(plans: Sequence[PhasePlan], anatomy: Anatomy, base_lr: float) ->
             [base_lr * plan.multiples[p.name] for p in members if p.name in plan.multiples] for plan in plans
         ]
         if len(plans) <= MANY_PHASES:
-            shown = [_rates(own) + (" (part)" if 0 < len(own) < len(members) else "") for own in rates]
+            shown = [
+                (plan.solver if own and plan.solver else _rates(own))
+                + (" (part)" if 0 < len(own) < len(members) else "")
+                for own, plan in zip(rates, plans, strict=True)
+            ]
         else:
             learns = [number for number, own in enumerate(rates, 1) if own]
             shown = [_ranges(learns), _rates([rate for own in rates for rate in own])]

@@ -19,6 +19,11 @@ class StrategySpec(Spec):
     schedule_scope: ClassVar[Literal["run", "phase"]] = "run"
     """What `schedule.scope: auto` means for it."""
 
+    @property
+    def solver_steps(self) -> int:
+        """Steps of a run that solvers do alone, one for each phase; 0 where some phase takes gradient steps."""
+        return 0
+
     def to_adapter(self) -> AdapterSpec | None:
         """Return the adapters this strategy puts into the backbone; None for none."""
         return None

@@ -26,6 +26,10 @@ class Explicit(StrategySpec):
     def _short_form(cls, value: Any) -> Any:
         return {"method": value} if isinstance(value, str) else value
 
+    @property
+    def solver_steps(self) -> int:
+        return len(self.phases) if all(phase.solver for phase in self.phases) else 0
+
     def to_adapter(self) -> AdapterSpec | None:
         return self.adapter
 

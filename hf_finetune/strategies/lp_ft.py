@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from hf_finetune.models.anatomy import HEAD, Anatomy
-from hf_finetune.spec import Auto, Duration, DurationField, RateField, resolved
+from hf_finetune.spec import Auto, DurationField, RateField, resolved
 from hf_finetune.strategies.base import StrategySpec
-from hf_finetune.strategies.phase import BatchNorm, Phase
+from hf_finetune.strategies.phase import BatchNorm, Phase, Solver
 
 
 class LpFt(StrategySpec):
-    """The head for `probe`, then all layers at `full_lr`, starting from a head that fits the pretrained features."""
+    """The head alone, then all layers at `full_lr`, starting from a head that fits the pretrained features."""
 
     name: Literal["lp_ft"] = "lp_ft"
-    probe: DurationField = Duration(40, "%")
-    """How long the head trains alone."""
+    solver: Solver | Auto | None = "auto"
+    """How the head is fitted: `lbfgs` or `ridge` to convergence, null by gradient steps for `probe`. auto = lbfgs
+    where a solver applies and `probe` asks for nothing else."""
+    probe: DurationField | Auto = "auto"
+    """How long the head trains alone by gradient steps; auto = 40%, or the one step of a solver."""
     full_lr: RateField | Auto = "auto"
     """Rate of all layers afterwards."""
     batch_norm: BatchNorm = "auto"
@@ -23,7 +26,8 @@ class LpFt(StrategySpec):
     schedule_scope: ClassVar[Literal["run", "phase"]] = "phase"
 
     def to_phases(self, anatomy: Anatomy) -> list[Phase]:
+        solver = resolved(self.solver)
         return [
-            Phase(train=HEAD, for_=self.probe),
+            Phase(train=HEAD, solver=solver) if solver else Phase(train=HEAD, for_=resolved(self.probe)),
             Phase(train="all", lr=resolved(self.full_lr), batch_norm=self.batch_norm),
         ]

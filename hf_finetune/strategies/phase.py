@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +19,12 @@ from hf_finetune.monitor import PatienceSpec
 from hf_finetune.spec import Duration, DurationField, Rate, RateField, Spec
 
 BatchNorm = Literal["auto", "frozen", "adapt", "train"]
+Solver = Literal["lbfgs", "ridge"]
+"""Fits an output layer to convergence on what the frozen layers below it compute, instead of gradient steps."""
+ADAPT_AND_SOLVER = (
+    "`solver` fits what is computed once, which `batch_norm` that adapts changes: remove one of the two"
+)
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
 SELECTORS = (
     "head",
     "all",
@@ -89,6 +95,9 @@ class Phase(Spec):
     batch_norm: BatchNorm = "auto"
     """Statistics of BatchNorm layers: `frozen`; `adapt` = they follow the data, scale and shift do not learn;
     `train` = both, where the layer learns."""
+    solver: Solver | None = None
+    """With `train: head`: fit the output layer to convergence instead of taking gradient steps, in one step of the run.
+    `lbfgs` minimises the task's own loss with weight decay, `ridge` solves least squares in closed form."""
 
     @field_validator("train")
     @classmethod
@@ -115,6 +124,22 @@ class Phase(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_solver_needs_no_rates(self) -> Phase:
+        if self.solver is None:
+            return self
+        if self.train not in ("head", "last:1", ["head"]):
+            raise ValueError("`solver` fits the head alone: write `train: head`, or leave the solver out")
+        plain = Phase(train="head").model_dump(by_alias=True)
+        names = ("for", "until", "lr", "backbone_lr", "layer_decay", "rates")
+        if given := [name for name in names if self.model_dump(by_alias=True)[name] != plain[name]]:
+            raise ValueError(
+                f"`solver` takes one step and no rates: remove {' and '.join(f'`{name}`' for name in given)}"
+            )
+        if self.batch_norm == "adapt":
+            raise ValueError(ADAPT_AND_SOLVER)
+        return self
+
     @property
     def patience(self) -> PatienceSpec | None:
         """The plateau that ends the phase, if one does."""
@@ -137,6 +162,13 @@ class PhasePlan:
     batch_norm: BatchNorm
     duration: Duration | None
     patience: PatienceSpec | None
+    solver: Solver | None = None
+    """What fits it in one step; None for gradient steps."""
+
+    @property
+    def described(self) -> str:
+        """What learns, in words."""
+        return f"{self.solver} fits the output layer" if self.solver else f"{self.name} learns"
 
 
 def plan_phases(phases: list[Phase], anatomy: Anatomy, base_lr: float) -> tuple[list[PhasePlan], list[str]]:
@@ -153,6 +185,8 @@ def plan_phases(phases: list[Phase], anatomy: Anatomy, base_lr: float) -> tuple[
         if phase.batch_norm == "adapt":
             # Adapting means the statistics follow the data while scale and shift stay as pretrained.
             selected -= {p.name for p in anatomy.parameters if p.in_batch_norm}
+        if phase.solver:
+            selected = _solved(phase.solver, selected, anatomy, number, notes)
         multiples = {}
         for parameter in anatomy.parameters:
             if parameter.name not in selected:
@@ -170,9 +204,51 @@ def plan_phases(phases: list[Phase], anatomy: Anatomy, base_lr: float) -> tuple[
                 f"strategy: phase {number} trains nothing: every rate in it is 0. Give `lr` a value above 0."
             )
         batch_norm = "frozen" if phase.batch_norm == "auto" else phase.batch_norm
-        plans.append(PhasePlan(_name(phase), multiples, batch_norm, phase.for_, phase.patience))
+        plans.append(PhasePlan(_name(phase), multiples, batch_norm, phase.for_, phase.patience, phase.solver))
     # Its bias alone, which `biases` selects, could learn no more than how frequent the classes are.
     return plans, notes
+
+
+def why_not_linear(anatomy: Anatomy) -> str | None:
+    """Return why no solver fits the head: it is not one linear layer on what came with the checkpoint. None if it is.
+
+    What a solver leaves alone must be pretrained. A final norm or a pooler of the checkpoint stays as it is: that is
+    what a linear probe means, and it keeps the problem convex.
+    """
+    weights = [p for p in anatomy.parameters if p.is_output and not p.is_bias]
+    names = ", ".join(p.name for p in weights)
+    if len(weights) != 1:
+        return f"the head has {len(weights)} output layers ({names})"
+    if len(weights[0].shape) != 2:
+        return f"the output layer ({names}) is not a linear one"
+    if not any(p.is_output and p.is_bias for p in anatomy.parameters):
+        return f"the output layer ({names}) has no bias"
+    random = [
+        p.name
+        for p in anatomy.parameters
+        if p.group == HEAD and p.is_new and not p.is_output and not p.is_adapter and len(p.shape) > 1
+    ]
+    if random:
+        return f"the head has new layers below the output layer ({random[0]}), which must learn too"
+    return None
+
+
+def _solved(
+    solver: Solver, selected: frozenset[str], anatomy: Anatomy, number: int, notes: list[str]
+) -> frozenset[str]:
+    """Return what a solver fits of a phase's parameters, the output layer; add a note on what stays as it came."""
+    if why := why_not_linear(anatomy):
+        raise RecipeError(
+            f"strategy: phase {number}: `solver: {solver}` cannot fit this backbone's head: {why}. "
+            "Leave `solver` out: gradient steps train it."
+        )
+    fitted = frozenset(p.name for p in anatomy.parameters if p.is_output)
+    if rest := [p.name for p in anatomy.parameters if p.name in selected - fitted]:
+        notes.append(
+            f"phase {number}: {solver} fits the output layer; the rest of the head ({', '.join(rest[:3])}"
+            f"{', …' if len(rest) > 3 else ''}) stays as pretrained"
+        )
+    return fitted
 
 
 def check_head_learns(plans: Sequence[PhasePlan], anatomy: Anatomy) -> None:

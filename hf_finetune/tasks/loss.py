@@ -17,7 +17,7 @@ def sample_losses(
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Return the loss of each sample, shape (N,), in fp32.
+    """Return the loss of each sample, shape (N,), in fp32, or in fp64 for logits in fp64.
 
     Args:
         kind: `single` is cross-entropy, `multi` binary cross-entropy averaged over classes, `regression` squared error.
@@ -27,7 +27,12 @@ def sample_losses(
             batch, so a sample counts the same in whatever batch and process it falls.
         label_smoothing: share of the target spread over all classes.
     """
-    logits = logits.float()
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if class_weights is not None:
+        class_weights = class_weights.to(logits.dtype)
+    if targets.is_floating_point():
+        targets = targets.to(logits.dtype)
     if kind == "single":
         return F.cross_entropy(
             logits, targets, weight=class_weights, label_smoothing=label_smoothing, reduction="none"
