@@ -107,6 +107,17 @@ def augmentations_fit_the_modality(recipe: Recipe) -> Iterator[Conflict]:
             )
 
 
+def decoding_needs_images(recipe: Recipe) -> Iterator[Conflict]:
+    """Only images are decoded."""
+    text = next((key for key, modality in _modality(recipe) if modality == "text"), None)
+    if recipe.data.cache and text:
+        yield Conflict(
+            ("data.cache", text),
+            "images are decoded; texts are tokenised once in any case",
+            "remove the key",
+        )
+
+
 def mixing_needs_pairs(recipe: Recipe) -> Iterator[Conflict]:
     """mixup and cutmix blend samples 2k and 2k+1 of a forward pass, so their number is even."""
     for key in _mixing(recipe):
@@ -444,6 +455,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     shipped_names,
     modalities_agree,
     augmentations_fit_the_modality,
+    decoding_needs_images,
     mixing_needs_pairs,
     mixing_needs_classes,
     smoothing_needs_classes,

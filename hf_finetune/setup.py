@@ -33,6 +33,8 @@ from hf_finetune.tasks import TASKS
 from hf_finetune.tasks.metrics import EVALUATE_PREFIX, default_metric, load_from_evaluate, metric_mode
 from hf_finetune.timeline import Timeline, build_timeline, reachable
 
+MOST_WORKERS = 16
+"""Processes that `data.workers: auto` starts at most for one that trains."""
 SMALL_IMAGE_SET = 200
 """Images that are loaded before worker processes would have started."""
 
@@ -106,6 +108,12 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     task = next(name for name, task in TASKS.items() if task.modality == splits.modality)
     if recipe.task == "auto":
         choices.append(Choice("task", task, f"the data holds {splits.modality}s"))
+
+    if splits.modality == "text" and recipe.data.cache:
+        raise RecipeError(
+            f"{recipe.where('data.cache')}: '{recipe.data.cache}' keeps images, and the data holds texts, which are "
+            "tokenised once in any case. Remove the key."
+        )
 
     if recipe.strategy.from_scratch and recipe.backbone.pretrained:
         choices.append(
@@ -259,6 +267,7 @@ def build_sets(setup: Setup) -> tuple[TrainSet, EvalSet]:
         setup.augmentations,
         seed=recipe.training.seed,
         max_length=max_length,
+        shrink=recipe.data.cache == "decoded",
     )
     return train, EvalSet(splits.validation, splits.labels, model_input, max_length=max_length)
 
@@ -290,12 +299,29 @@ def worker_count(
     """Return how many processes load data for each training process, and why."""
     if asked != "auto":
         return int(asked), "as the recipe says"
-    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, ours // world_size)
+    cores = cores_per_process(world_size)
     if modality == "text":
         return 0, "texts are tokenised in advance"
     if rows <= SMALL_IMAGE_SET:
         return 0, f"{rows} images load faster than workers start"
     if device.type == "cpu":
         return min(2, cores), f"the model computes on the same {cores} cores"
-    return min(8, max(1, cores - 1)), f"{cores} cores for each process"
+    return min(MOST_WORKERS, max(1, cores - 1)), f"{cores} cores for each process"
+
+
+def cores_per_process(world_size: int) -> int:
+    """Return the CPU cores that each training process on this machine may use."""
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, ours // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def less_waiting(setup: Setup) -> list[str]:
+    """Return what lets a run wait less for its data."""
+    if setup.splits.modality == "text":
+        return []
+    data, helps = setup.recipe.data, []
+    if data.cache != "decoded":
+        helps.append("`data.cache: decoded` decodes every image once")
+    if int(data.workers) < (idle := cores_per_process(int(os.environ.get("WORLD_SIZE", "1"))) - 1):
+        helps.append(f"`data.workers: {idle}` loads with more of the cores (now {data.workers})")
+    return helps

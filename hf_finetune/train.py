@@ -123,7 +123,7 @@ def _train(
         restore(record.checkpoint, at, watch, model, optimizer, ema, setup, accelerator)
     save_every = timeline.steps(training.checkpoint.every) if training.checkpoint else 0
     log_every = max(1, timeline.total_steps // LOGGED_STEPS)
-    seen, clock = 0, time.monotonic()  # samples and time since the last training row
+    pace = record.pace  # of training and evaluating alone, and how much of that waits for data
     entered, batches = -1, None  # the phase the model is set up for; the epoch's batches
     still: dict[str, str] = {}  # fingerprints of what is frozen in this phase
 
@@ -152,7 +152,6 @@ def _train(
             entered, plan = at.phase, setup.plans[at.phase]
             scope.apply(plan, setup.backbone.anatomy, feed.homes)
             still = fingerprints(frozen_tensors(model, plan))
-            entering = time.monotonic()
             try:  # what is frozen is computed once
                 source = feed.enter(at.phase, still, measured, on_batch=while_busy, say=progress.say)
             except Interrupted as stopped:
@@ -160,7 +159,6 @@ def _train(
                 return "interrupted", str(stopped)
             record.log_features(at.phase, source.note)
             wrapped, batches = _wrap(accelerator, model), None
-            clock += time.monotonic() - entering  # that does not count as training time
 
         if not at.due:
             epoch, batch_index = divmod(at.step, timeline.steps_per_epoch)
@@ -170,7 +168,7 @@ def _train(
             rates = set_rates(
                 optimizer.optimizer, setup.groups, phase=at.phase, base_lr=base_lr, multiple=multiple
             )
-            micro_batches = next(batches)
+            micro_batches = pace.next_of(batches)
             batch_size = micro_batches[0]["batch_size"]  # over all processes
             loss, answers = torch.zeros((), device=device), []
             for number, batch in enumerate(micro_batches, 1):
@@ -197,7 +195,7 @@ def _train(
                     )
                     # Summed over samples and divided by the whole batch: short batches and uneven shares weigh
                     # right. DDP averages over processes, hence the factor.
-                    share = (losses * batch["weights"].to(device)).sum() / batch_size
+                    share = (losses * batch["weights"].to(device, non_blocking=True)).sum() / batch_size
                     penalty = adapter.penalty() if adapter and number == len(micro_batches) else 0.0
                     accelerator.backward(share * world + penalty)
                 loss += share.detach()
@@ -217,10 +215,11 @@ def _train(
             optimizer.zero_grad()
             if ema:
                 ema.update(model)
-            at.step, seen, speed = at.step + 1, seen + batch_size, None
+            pace.stepped(batch_size)
+            at.step, speed = at.step + 1, None
             at.due = at.step % timeline.evaluate_every == 0 or at.step == timeline.total_steps
             if at.due or at.step == 1 or at.step % log_every == 0:
-                speed, seen, clock = seen / (time.monotonic() - clock), 0, time.monotonic()
+                speed = pace.samples_per_second()
                 record.log_training(at.step, at.phase, loss_value, rates, speed)
             progress.step(
                 step=at.step,
@@ -239,7 +238,7 @@ def _train(
             try:
                 result = evaluate(
                     measured,
-                    source.validation,
+                    pace.evaluating(source.validation),
                     splits.labels,
                     record.metrics,
                     accelerator,
@@ -271,7 +270,6 @@ def _train(
             if watch.early and watch.early.exhausted_by(value) and at.phase + 1 < len(setup.plans):
                 at.phase_end = at.step  # this phase has given what it can; the next ones have yet to begin
                 watch.early.restart()
-            clock = time.monotonic()  # evaluating does not count as training time
         if save_every and at.step % save_every == 0 and at.step < timeline.total_steps and not watch.stops:
             save()
     if entered >= 0:

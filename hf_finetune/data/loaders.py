@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from datasets import Dataset as Rows
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_finetune.augment.batch import mixers
-from hf_finetune.augment.image import build_eval_transform, build_train_transform
+from hf_finetune.augment.image import ImageTransform, build_eval_transform, build_train_transform
 from hf_finetune.augment.presets import check_modality
 from hf_finetune.augment.rng import sample_generator, sample_rng
 from hf_finetune.augment.spec import AugmentationSpec
@@ -59,6 +60,8 @@ class EvalSet(Dataset):
     ) -> None:
         self.rows, self.labels, self.input = rows, labels, model_input
         self.tokens: Tokens | None = None
+        self.transform: ImageTransform | None = None
+        """For images."""
         if isinstance(model_input, ImageInput):
             self.transform = build_eval_transform(model_input)
         else:
@@ -66,6 +69,8 @@ class EvalSet(Dataset):
             self.tokens = Tokens(texts, model_input, max_length)
         self.targets = targets_of(rows, labels)
         self.features: Features | None = None
+        self.decoded: Callable[[int], Image.Image] | None = None
+        """What `transform.fixed` makes of a row's image, from where it is kept."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,7 +95,18 @@ class EvalSet(Dataset):
         stored = self.features(index) if self.features else {}
         if self.tokens is not None:
             return self.tokens[index] | stored
-        return stored or {"pixel_values": self.transform(self.rows[index]["image"])}
+        return stored or self.pixels(index)
+
+    def fixed(self, index: int) -> Image.Image:
+        """Return a row's image as far as every view of it is the same."""
+        assert self.transform is not None, "texts have no image"
+        return self.transform.fixed(self.rows[index]["image"])
+
+    def pixels(self, index: int) -> Sample:
+        """Return the model's inputs for the image of a row."""
+        assert self.transform is not None, "texts have no image"
+        image = self.decoded(index) if self.decoded else self.fixed(index)
+        return {"pixel_values": self.transform.rest(image)}
 
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index, self.inputs(index))
@@ -117,6 +133,7 @@ class TrainSet(EvalSet):
         *,
         seed: int = 0,
         max_length: MaxLength = "auto",
+        shrink: bool = False,
     ) -> None:
         check_modality(augmentations, "image" if isinstance(model_input, ImageInput) else "text")
         super().__init__(rows, labels, model_input, max_length=max_length)
@@ -124,7 +141,7 @@ class TrainSet(EvalSet):
         self.views: int | None = None
         """Views of each row that `features` holds."""
         if isinstance(model_input, ImageInput):
-            self.transform = build_train_transform(self.augmentations, model_input)
+            self.transform = build_train_transform(self.augmentations, model_input, shrink=shrink)
 
     def __getitem__(self, key: Any) -> Sample:
         epoch, index, weight = (*key, 1.0)[:3]
@@ -142,9 +159,8 @@ class TrainSet(EvalSet):
     def read(self, epoch: int, index: int) -> Sample:
         """Return a view of a row itself, whatever `features` holds."""
         if self.tokens is None:
-            image = self.rows[index]["image"]
             with sample_rng(self.seed, epoch, index):
-                return {"pixel_values": self.transform(image)}
+                return self.pixels(index)
         if not self.augmentations:
             return self.tokens[index]
         changed = [[text] for text in self.words(epoch, index)]

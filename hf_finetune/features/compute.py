@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -71,8 +71,40 @@ class Want:
         return self.tokenizer is not None and self.tokenizer.padding_side == "left"
 
 
+class Storable(Protocol):
+    """What is to be kept: its key, what that was made of, and its form on disk."""
+
+    @property
+    def key(self) -> str: ...  # noqa: D102
+    @property
+    def parts(self) -> dict[str, Any]: ...  # noqa: D102
+    @property
+    def columns(self) -> dict[str, Column]: ...  # noqa: D102
+    @property
+    def ends(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def rows(self) -> int: ...  # noqa: D102
+
+
 def find(want: Want, model: nn.Module, accelerator: Accelerator, say: Callable[[str], None]) -> Stored | None:
     """Return features from disk if they are there and are what the model computes; else None, in every process.
+
+    Raises:
+        StoreError: wrong ones stand in the way.
+    """
+    return find_kept(
+        want, lambda stored: _holds(want, stored, model, accelerator), accelerator, say, "features"
+    )
+
+
+def find_kept(
+    want: Storable,
+    holds: Callable[[Stored], bool],
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+    what: str,
+) -> Stored | None:
+    """Return what is on disk under a key if the main process finds that it `holds`; else None, in every process.
 
     Raises:
         StoreError: wrong ones stand in the way.
@@ -80,14 +112,14 @@ def find(want: Want, model: nn.Module, accelerator: Accelerator, say: Callable[[
     stored, reason = None, None
     try:
         stored = open_features(want.key)
-        if stored and accelerator.is_main_process and not _holds(want, stored, model, accelerator):
-            reason = "they are not what the layers compute"
+        if stored and accelerator.is_main_process and not holds(stored):
+            reason = "they are not what is computed now"
     except StoreError as error:
         reason = str(error)
     reasons = [each for each in _gathered(reason, accelerator) if each]
     present = all(_gathered(stored is not None, accelerator))
     if reasons:
-        say(f"features: those on disk are computed anew: {reasons[0]}")
+        say(f"{what}: those on disk are computed anew: {reasons[0]}")
 
         def go() -> None:
             if accelerator.is_main_process and not discard(want.key):
@@ -110,6 +142,28 @@ def compute(
     Raises:
         StoreError: they cannot be written; nothing is left behind.
     """
+    batches = (
+        (rows, run_prefix(wants, batch, model, accelerator))
+        for rows, batch in _batches(wants[0], accelerator, workers)
+    )
+    return keep(wants, batches, accelerator, on_batch=on_batch, pad_left=wants[0].pads_left)
+
+
+def keep(
+    wants: Sequence[Storable],
+    batches: Iterable[tuple[list[int], list[Inputs]]],
+    accelerator: Accelerator,
+    *,
+    on_batch: Callable[[], None],
+    pad_left: bool = False,
+) -> Stored:
+    """Write this process's batches, (rows, what each want keeps of them), while the others write theirs.
+
+    Returns the first want's rows, those of all processes.
+
+    Raises:
+        StoreError: they cannot be written; nothing is left behind.
+    """
     folders: list[Path] = []
 
     def reserve() -> None:
@@ -123,9 +177,9 @@ def compute(
         if accelerator.num_processes > 1:
             broadcast_object_list(shared)
         writers.extend(Writer(f, w.columns, w.ends, w.rows) for f, w in zip(shared[0], wants, strict=True))
-        for rows, batch in _batches(wants[0], accelerator, workers):
-            for writer, features in zip(writers, run_prefix(wants, batch, model, accelerator), strict=True):
-                writer.write(rows, features, pad_left=wants[0].pads_left)
+        for rows, batch in batches:
+            for writer, features in zip(writers, batch, strict=True):
+                writer.write(rows, features, pad_left=pad_left)
             on_batch()
         for writer in writers:
             writer.close()
