@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -23,6 +23,8 @@ Step = Callable[[Any], Any]
 
 CROPS = ("random_resized_crop", "random_crop")
 """They bring the image to the model's size, in place of the evaluation resize and crop."""
+FULL_SIZE = "full_size"
+"""Under this name the `info` of a smaller copy holds height and width of its image."""
 ON_TENSORS = ("random_erasing",)
 """They work on the normalised tensor; the others on the PIL image."""
 
@@ -78,8 +80,8 @@ def build_train_transform(
 ) -> ImageTransform:
     """Return PIL RGB -> float32 (3, H, W) with the image augmentations of the list in their order.
 
-    Without a random crop in the list the evaluation resize and crop come first. With `shrink` the views of
-    `random_resized_crop` begin with an image no larger than its smallest crop needs (see `Shrink`).
+    Without a random crop in the list the evaluation resize and crop come first. With `shrink`, where
+    `random_resized_crop` comes first, it is given an image no larger than its smallest crop needs (see `Shrink`).
     """
     image_specs = [each for each in augmentations if each.name in specs.IMAGE_AUGMENTATIONS]
     steps: list[Step] = []
@@ -90,15 +92,14 @@ def build_train_transform(
     for each in image_specs:
         if each.name in ON_TENSORS:
             steps += BUILDERS[each.name](each, image_input)
-    first_crop = next((each for each in image_specs if each.name in CROPS), None)
+    if not any(each.name in CROPS for each in image_specs):
+        return ImageTransform(EvalScale(image_input), tuple(_crop(image_input)), v2.Compose(steps))
     scale: Scale | None = None
-    if first_crop is None:
-        scale = EvalScale(image_input)
-    elif isinstance(first_crop, specs.RandomResizedCrop) and shrink:
-        scale = Shrink(image_input, first_crop)
-    elif isinstance(begin := steps[0], EvalScale):  # a random crop that nothing comes before
+    if isinstance(first := image_specs[0], specs.RandomResizedCrop) and shrink:
+        scale = Shrink(image_input, first)
+    elif isinstance(begin := steps[0], EvalScale):
         scale, steps = begin, steps[1:]
-    return ImageTransform(scale, () if first_crop else tuple(_crop(image_input)), v2.Compose(steps))
+    return ImageTransform(scale, (), v2.Compose(steps))
 
 
 def denormalise(pixel_values: Tensor, image_input: ImageInput) -> Tensor:
@@ -180,6 +181,15 @@ class Shrink(Scale):
         share = max(needed)
         return (height, width) if share**2 > 0.5 else (math.ceil(height * share), math.ceil(width * share))
 
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the image, or a smaller copy that knows how large it was."""
+        full_size = (image.height, image.width)
+        if self.size(*full_size) == full_size:
+            return image
+        smaller = super().__call__(image)
+        smaller.info[FULL_SIZE] = full_size
+        return smaller
+
     def describe(self) -> dict[str, Any]:
         """Return everything that decides what comes out."""
         known = self.image_input
@@ -222,7 +232,26 @@ class _PadTo:
 
 def _random_resized_crop(spec: specs.RandomResizedCrop, image_input: ImageInput) -> list[Step]:
     interpolation = v2.InterpolationMode(image_input.interpolation)
-    return [v2.RandomResizedCrop(image_input.size, spec.scale, spec.ratio, interpolation=interpolation)]
+    return [_RandomResizedCrop(image_input.size, spec.scale, spec.ratio, interpolation=interpolation)]
+
+
+class _RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's; of a smaller copy it takes the part of the picture that it would take of the image."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        """Return the crop."""
+        if FULL_SIZE not in image.info:
+            return cast(Image.Image, super().forward(image))
+        height, width = image.info[FULL_SIZE]
+        drawn = self.make_params([torch.empty((3, height, width), device="meta")])
+        down, across = image.height / height, image.width / width
+        top, left = drawn["top"] * down, drawn["left"] * across
+        bottom, right = top + drawn["height"] * down, left + drawn["width"] * across
+        return image.resize(
+            (self.size[1], self.size[0]),
+            Image.Resampling[self.interpolation.name],
+            box=(left, top, min(right, image.width), min(bottom, image.height)),
+        )
 
 
 def _random_crop(spec: specs.RandomCrop, image_input: ImageInput) -> list[Step]:

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from hf_finetune.augment.image import Shrink
+from hf_finetune.augment.image import FULL_SIZE, Shrink
 from hf_finetune.data.checks import image_sizes
 from hf_finetune.data.columns import image_cells
 from hf_finetune.data.loaders import EvalSet
@@ -32,8 +32,8 @@ DECODING_PACKAGES = ("torch", "torchvision", "pillow", "hf-finetune")
 """Packages whose other version may decode or resize to other pixels."""
 CHUNK = 64
 """Images that are decoded ahead of what is written."""
-_COLUMNS = {"size": Column((2,), torch.int32), "pixels": Column((), torch.uint8, ragged=True)}
-"""Height and width, then rows of RGB."""
+_COLUMNS = {"sizes": Column((2, 2), torch.int32), "pixels": Column((), torch.uint8, ragged=True)}
+"""Height and width, those that the whole image had, and the rows of RGB."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,11 @@ class Kept:
     def __call__(self, row: int) -> Image.Image:
         """Return what the fixed part of the transform makes of a row's image."""
         found = self.stored(row)
-        height, width = found["size"].tolist()
-        return Image.fromarray(found["pixels"][: height * width * 3].view(height, width, 3).numpy())
+        (height, width), full_size = found["sizes"].tolist()
+        image = Image.fromarray(found["pixels"][: height * width * 3].view(height, width, 3).numpy())
+        if full_size != [height, width]:
+            image.info[FULL_SIZE] = tuple(full_size)
+        return image
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,21 @@ class Decoding:
         if not self.shrunk:
             return f"{said}, every view as without"
         return (
-            f"{said}, {self.shrunk:,} of them smaller than they are, as far as the smallest random crop allows: their "
-            "crops differ a little from those without"
+            f"{said}, {self.shrunk:,} of them no larger than the smallest random crop needs: crops show what they "
+            "would show without, resized twice"
         )
 
-    def differs(self, row: int, image: Image.Image) -> bool:
-        """Return whether an image is another one than a row gives now."""
+    def differs(self, row: int, kept: Kept) -> bool:
+        """Return whether another image is kept than a row gives now."""
         fresh = self.data.fixed(row)
-        return fresh.size != image.size or fresh.tobytes() != image.tobytes()
+        try:
+            image = kept(row)
+        except (RuntimeError, ValueError):  # sizes that its bytes cannot have
+            return True
+        full_sizes = [each.info.get(FULL_SIZE) for each in (fresh, image)]
+        return (
+            fresh.size != image.size or fresh.tobytes() != image.tobytes() or full_sizes[0] != full_sizes[1]
+        )
 
 
 def survey(data: EvalSet) -> tuple[np.ndarray, int]:
@@ -140,7 +150,7 @@ def decode(
         chosen = np.random.default_rng(int(wanted.key[:8], 16)).choice(
             wanted.rows, min(CHECKED, wanted.rows), replace=False
         )
-        return not any(wanted.differs(int(row), Kept(stored)(int(row))) for row in chosen)
+        return not any(wanted.differs(int(row), Kept(stored)) for row in chosen)
 
     stored = find_kept(wanted, holds, accelerator, say, "decoded images")
     return Kept(stored or keep([wanted], _rows(wanted, accelerator, threads), accelerator, on_batch=on_batch))
@@ -159,4 +169,6 @@ def _rows(
                 pixels = torch.from_numpy(np.array(image)).flatten()
                 if len(pixels) > room[row]:
                     raise StoreError(f"row {row} of {wanted.split} is larger than its header says")
-                yield [row], [{"size": torch.tensor([[image.height, image.width]]), "pixels": pixels[None]}]
+                size = image.height, image.width
+                sizes = torch.tensor([[size, image.info.get(FULL_SIZE, size)]])
+                yield [row], [{"sizes": sizes, "pixels": pixels[None]}]
