@@ -172,6 +172,26 @@ def run_has_a_length(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(keys, "both say how long the run is", "keep one, remove the other")
 
 
+def micro_batches_hold_a_text(recipe: Recipe) -> Iterator[Conflict]:
+    """A bound on tokens is for texts, and holds the longest of them."""
+    tokens, longest = recipe.training.micro_batch_tokens, recipe.data.max_length
+    if tokens is None:
+        return
+    image = next((key for key, modality in _modality(recipe) if modality == "image"), None)
+    if image:
+        yield Conflict(
+            ("training.micro_batch_tokens", image),
+            "images have no tokens",
+            "set training.micro_batch_size instead",
+        )
+    elif longest != "auto" and tokens < longest:
+        yield Conflict(
+            ("training.micro_batch_tokens", "data.max_length"),
+            f"{tokens} tokens do not hold one text of {longest}",
+            f"set training.micro_batch_tokens: {longest} or more, or data.max_length: {tokens} or less",
+        )
+
+
 def micro_batches_fill_the_batch(recipe: Recipe) -> Iterator[Conflict]:
     """An optimizer step takes a whole number of forward passes."""
     batch, micro = recipe.training.batch_size, recipe.training.micro_batch_size
@@ -462,6 +482,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     weights_need_classes,
     run_has_a_length,
     micro_batches_fill_the_batch,
+    micro_batches_hold_a_text,
     metrics_fit_the_labels,
     better_is_known,
     evaluations_happen,

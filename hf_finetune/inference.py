@@ -271,7 +271,11 @@ def _loader(rows: Dataset, trained: Trained, accelerator: Accelerator) -> Any:
     training = trained.recipe.training
     size = max(BATCH_SIZE, training.micro_batch_size or training.batch_size // accelerator.num_processes)
     return eval_loader(
-        dataset, batch_size=size, rank=accelerator.process_index, world=accelerator.num_processes
+        dataset,
+        batch_size=size,
+        tokens=training.micro_batch_tokens,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
     )
 
 

@@ -21,10 +21,11 @@ from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, AugmentationSpec
 from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, train_loader
 from hf_finetune.data.splits import Splits, load_splits
 from hf_finetune.data.targets import class_weights
+from hf_finetune.data.tokens import kept_tokens
 from hf_finetune.defaults import Choice, resolve
 from hf_finetune.errors import RecipeError, UserError
 from hf_finetune.features.spec import CacheSpec
-from hf_finetune.models.load import Backbone, ImageInput, checkpoint_gradients, load_backbone
+from hf_finetune.models.load import Backbone, ImageInput, TextInput, checkpoint_gradients, load_backbone
 from hf_finetune.optim import ParamGroup, build_optimizer, group_parameters
 from hf_finetune.precision import resolve_precision
 from hf_finetune.recipe import Recipe
@@ -168,6 +169,7 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
 
     timeline = build_timeline(recipe, len(splits.train))
     micro_batch_size = _micro_batch_size(recipe, world_size)
+    _check_micro_batch_tokens(recipe, backbone.input)
     recipe, resolved = resolve(
         recipe,
         anatomy=backbone.anatomy,
@@ -256,6 +258,21 @@ def _micro_batch_size(recipe: Recipe, world_size: int) -> int:
     return size
 
 
+def _check_micro_batch_tokens(recipe: Recipe, model_input: ImageInput | TextInput) -> None:
+    """Refuse a bound that the longest text may exceed alone, or one for images."""
+    tokens, where = recipe.training.micro_batch_tokens, recipe.where("training.micro_batch_tokens")
+    if tokens is None:
+        return
+    if isinstance(model_input, ImageInput):
+        raise RecipeError(f"{where}: images have no tokens. Set training.micro_batch_size instead.")
+    longest = kept_tokens(model_input, recipe.data.max_length)
+    if tokens < longest:
+        raise RecipeError(
+            f"{where}: {tokens} tokens do not hold one text, of which up to {longest} are kept. Set it to at least "
+            f"{longest}, or data.max_length to at most {tokens}."
+        )
+
+
 def build_sets(setup: Setup) -> tuple[TrainSet, EvalSet]:
     """Return train and validation as the model reads them."""
     recipe, splits, model_input = setup.recipe, setup.splits, setup.backbone.input
@@ -278,6 +295,7 @@ def build_loaders(
     """Return the loaders of this process's share of train and validation."""
     train, validation = sets or build_sets(setup)
     size, micro = setup.recipe.training.batch_size, setup.micro_batch_size
+    tokens = setup.recipe.training.micro_batch_tokens
 
     def common(data: EvalSet) -> dict[str, Any]:
         return {
@@ -288,8 +306,10 @@ def build_loaders(
         }
 
     return (
-        train_loader(train, batch_size=size, micro_batch_size=micro, **common(train)),
-        eval_loader(validation, batch_size=max(32, micro), **common(validation)),
+        train_loader(
+            train, batch_size=size, micro_batch_size=micro, micro_batch_tokens=tokens, **common(train)
+        ),
+        eval_loader(validation, batch_size=max(32, micro), tokens=tokens, **common(validation)),
     )
 
 

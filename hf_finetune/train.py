@@ -81,7 +81,7 @@ def finetune(
     for note in (*setup.splits.report.notes, *setup.notes):
         progress.say(f"note: {note}")
     progress.say(f"{setup.trainable_size:,} of {setup.total_size:,} parameters train ({share:.3g} %)")
-    failures = named_failures(setup.micro_batch_size)
+    failures = named_failures(setup)
     with watched_signals() as signals, progress, record.closing(accelerator), failures:
         status, why = _train(setup, accelerator, record, progress, signals)
         record.keep_if_none(setup.backbone.model)  # where no evaluation gave a number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import re
 from pathlib import Path
@@ -27,12 +28,13 @@ from hf_finetune.data.loaders import (
     share,
     train_loader,
 )
+from hf_finetune.data.order import cut_by_tokens, share_by_tokens
 from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import load_splits
 from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.explain import explain_recipe
 from hf_finetune.models.backbone import ImageInput, TextInput
-from hf_finetune.setup import SMALL_IMAGE_SET, worker_count
+from hf_finetune.setup import MOST_WORKERS, SMALL_IMAGE_SET, worker_count
 
 IMAGES = ImageInput((16, 16), (0.5,) * 3, (0.5,) * 3, 1.0, "center", "bilinear")
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -137,6 +139,35 @@ def test_a_sample_left_alone_is_repeated_without_weight():
     assert share([4, 5, 6], 1, 2, 8) == [([6, 6], [1.0, 0.0])]
     assert share([4], 1, 2, 8) == [([4, 4], [0.0, 0.0])]
     assert share([4, 5], 0, 1, 1) == [([4], [1.0]), ([5], [1.0])]
+
+
+LENGTHS = np.random.default_rng(0).integers(3, 31, 64)
+
+
+@pytest.mark.parametrize("tokens", [30, 60, 100, 1000])
+@pytest.mark.parametrize(
+    ("n", "world", "micro"), [(32, 1, 32), (32, 2, 16), (33, 4, 3), (7, 2, 2), (1, 3, 1), (2, 4, 8)]
+)
+def test_micro_batches_hold_as_many_tokens_as_they_may(n, world, micro, tokens):
+    batch = sorted(range(n), key=LENGTHS.__getitem__)
+    shares = [share_by_tokens(batch, rank, world, micro, LENGTHS, tokens) for rank in range(world)]
+    assert len({len(each) for each in shares}) == 1  # all processes step together
+    flat = [micro_batch for each in shares for micro_batch in each]
+    assert [i for indices, weights in flat for i, w in zip(indices, weights, strict=True) if w] == batch
+    assert all(len(indices) * LENGTHS[indices].max() <= tokens for indices, _ in flat)
+    assert all(len(indices) <= max(micro, 2) for indices, _ in flat)
+    if tokens == 1000 and n > world:
+        assert shares == [
+            share(batch, rank, world, micro) for rank in range(world)
+        ]  # room for all: nothing is cut
+
+
+def test_no_run_of_samples_could_hold_the_next():
+    order = np.argsort(-LENGTHS).tolist()
+    cut = cut_by_tokens(order, LENGTHS, 90)
+    assert [index for each in cut for index in each] == order
+    for one, other in itertools.pairwise(cut):
+        assert len(one) * LENGTHS[one].max() <= 90 < (len(one) + 1) * LENGTHS[[*one, other[0]]].max()
 
 
 # ---- samples -----------------------------------------------------------------------------------------------
@@ -367,7 +398,7 @@ def test_worker_count():
         1
         <= worker_count("auto", "image", 10_000, 1000, gpu)[0]
         <= worker_count("auto", "image", 10_000, 1, gpu)[0]
-        <= 8
+        <= MOST_WORKERS
     )
     assert 1 <= worker_count("auto", "image", 10_000, 1, cpu)[0] <= 2
 

@@ -30,6 +30,7 @@ from hf_finetune.augment.spec import AugmentationSpec
 from hf_finetune.augment.text import change_text
 from hf_finetune.data.columns import column_values
 from hf_finetune.data.labels import Labels
+from hf_finetune.data.order import cut_by_tokens, share_by_tokens
 from hf_finetune.data.order import epoch_batches as epoch_batches
 from hf_finetune.data.order import share as share
 from hf_finetune.data.tokens import Tokens, encode
@@ -209,10 +210,16 @@ class TrainBatches(Sampler):
     """This process's micro-batches of an epoch; set `epoch` and `start` (batches to pass over) first."""
 
     def __init__(
-        self, dataset: TrainSet, batch_size: int, micro_batch_size: int, rank: int, world: int
+        self,
+        dataset: TrainSet,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world: int,
+        tokens: int | None = None,
     ) -> None:
         self.dataset, self.batch_size, self.micro_batch_size = dataset, batch_size, micro_batch_size
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.tokens = rank, world, tokens
         self.pairs = bool(mixers(dataset.augmentations))
         self.epoch, self.start = 0, 0
 
@@ -220,8 +227,12 @@ class TrainBatches(Sampler):
         """Yield for each global batch from `start` on its size and this process's micro-batches."""
         data = self.dataset
         batches = epoch_batches(len(data), self.batch_size, data.seed, self.epoch, data.lengths)
+        place = self.rank, self.world, self.micro_batch_size
         for batch in batches[self.start :]:
-            yield len(batch), share(batch, self.rank, self.world, self.micro_batch_size, self.pairs)
+            if self.tokens is None or data.lengths is None:
+                yield len(batch), share(batch, *place, self.pairs)
+            else:
+                yield len(batch), share_by_tokens(batch, *place, data.lengths, self.tokens)
 
     def __iter__(self) -> Iterator[list[Key]]:
         # The key carries the epoch: workers that live on from an earlier epoch have no other way to know it.
@@ -238,6 +249,7 @@ def train_loader(
     *,
     batch_size: int,
     micro_batch_size: int | None = None,
+    micro_batch_tokens: int | None = None,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
@@ -246,9 +258,10 @@ def train_loader(
     """Return the one loader of a run, to be read through `iterate_batches`.
 
     `batch_size` counts samples per optimizer step over all processes, `micro_batch_size` those of one forward
-    pass of this process (None = its whole share).
+    pass of this process (None = its whole share), `micro_batch_tokens` the tokens of its texts, padding included.
     """
-    batches = TrainBatches(dataset, batch_size, micro_batch_size or -(-batch_size // world), rank, world)
+    micro_batch_size = micro_batch_size or -(-batch_size // world)
+    batches = TrainBatches(dataset, batch_size, micro_batch_size, rank, world, micro_batch_tokens)
     return DataLoader(dataset, batch_sampler=batches, **_options(dataset, workers, pin_memory))
 
 
@@ -271,6 +284,7 @@ def eval_loader(
     dataset: EvalSet,
     *,
     batch_size: int,
+    tokens: int | None = None,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
@@ -278,15 +292,23 @@ def eval_loader(
 ) -> DataLoader:
     """Return the loader of this process's own slice of a split: over all processes every sample once.
 
-    Texts come sorted by length, so go by `indices`. With fewer samples than processes one may get no batch.
+    Texts come sorted by length, so go by `indices`; of short ones more share a batch: `tokens` of them, padding
+    included (None = what `batch_size` of the longest take). With fewer samples than processes one may get no batch.
     """
     mine = np.arange(len(dataset) * rank // world, len(dataset) * (rank + 1) // world)
-    if dataset.lengths is not None:
-        mine = mine[
-            np.argsort(-dataset.lengths[mine], kind="stable")
-        ]  # longest first: memory runs out early or never
-    batches = [mine[start : start + batch_size].tolist() for start in range(0, len(mine), batch_size)]
+    batches = eval_batches(mine, dataset.lengths, batch_size, tokens)
     return DataLoader(dataset, batch_sampler=batches, **_options(dataset, workers, pin_memory))
+
+
+def eval_batches(
+    indices: np.ndarray, lengths: np.ndarray | None, batch_size: int, tokens: int | None = None
+) -> list[list[int]]:
+    """Return batches of these samples: of images `batch_size`, of texts as many as `tokens` hold, longest first."""
+    if lengths is None:
+        return [indices[at : at + batch_size].tolist() for at in range(0, len(indices), batch_size)]
+    # longest first: memory runs out early or never
+    order = indices[np.argsort(-lengths[indices], kind="stable")].tolist()
+    return cut_by_tokens(order, lengths, tokens or batch_size * int(lengths.max()))
 
 
 def loader_over(dataset: EvalSet, batches: Sequence[list[Any]], *, workers: int) -> DataLoader:
