@@ -20,7 +20,7 @@ from torch import nn
 
 from hf_finetune.data.checks import read_image
 from hf_finetune.data.labels import Labels
-from hf_finetune.data.loaders import EvalSet, eval_loader
+from hf_finetune.data.loaders import EvalSet, eval_loader, eval_tokens
 from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import load_split, load_splits
 from hf_finetune.errors import DataError, UserError, did_you_mean
@@ -270,10 +270,11 @@ def _loader(rows: Dataset, trained: Trained, accelerator: Accelerator) -> Any:
     dataset = EvalSet(rows, trained.labels, trained.backbone.input, max_length=trained.recipe.data.max_length)
     training = trained.recipe.training
     size = max(BATCH_SIZE, training.micro_batch_size or training.batch_size // accelerator.num_processes)
+    tokens = eval_tokens(dataset.lengths, size, accelerator.device, training.micro_batch_tokens)
     return eval_loader(
         dataset,
         batch_size=size,
-        tokens=training.micro_batch_tokens,
+        tokens=tokens,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )

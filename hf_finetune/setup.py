@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from hf_finetune.augment.presets import resolve_augment
 from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, AugmentationSpec
-from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, train_loader
+from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, eval_tokens, train_loader
 from hf_finetune.data.splits import Splits, load_splits
 from hf_finetune.data.targets import class_weights
 from hf_finetune.data.tokens import kept_tokens
@@ -309,7 +309,12 @@ def build_loaders(
         train_loader(
             train, batch_size=size, micro_batch_size=micro, micro_batch_tokens=tokens, **common(train)
         ),
-        eval_loader(validation, batch_size=max(32, micro), tokens=tokens, **common(validation)),
+        eval_loader(
+            validation,
+            batch_size=max(32, micro),
+            tokens=eval_tokens(validation.lengths, max(32, micro), accelerator.device, tokens),
+            **common(validation),
+        ),
     )
 
 

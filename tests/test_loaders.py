@@ -24,6 +24,7 @@ from hf_finetune.data.loaders import (
     TrainSet,
     epoch_batches,
     eval_loader,
+    eval_tokens,
     iterate_batches,
     share,
     train_loader,
@@ -362,6 +363,24 @@ def test_evaluation_measures_every_sample_once(digits, world):
         for index in batch["indices"].tolist()
     ]
     assert indices == list(range(50))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_short_texts_share_larger_batches(tokenizer, world):
+    evalset = EvalSet(texts(), Labels("single", ("a", "b")), TextInput(tokenizer, 30))
+    tokens = eval_tokens(evalset.lengths, 4, torch.device("cuda"))
+    assert tokens == 4 * max(evalset.lengths)
+    batches = [
+        batch
+        for rank in range(world)
+        for batch in eval_loader(evalset, batch_size=4, tokens=tokens, rank=rank, world=world)
+    ]
+    assert sorted(index for batch in batches for index in batch["indices"].tolist()) == list(range(40))
+    assert all(batch["inputs"]["input_ids"].numel() <= tokens for batch in batches)
+    assert len(batches) < 10  # of four each
+    assert eval_tokens(evalset.lengths, 4, torch.device("cpu")) is None
+    assert eval_tokens(evalset.lengths, 4, torch.device("cpu"), 50) == 50
+    assert eval_tokens(None, 4, torch.device("cuda"), None) is None
 
 
 def test_text_evaluation_measures_every_sample_once(tokenizer):

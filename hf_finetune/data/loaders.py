@@ -292,8 +292,8 @@ def eval_loader(
 ) -> DataLoader:
     """Return the loader of this process's own slice of a split: over all processes every sample once.
 
-    Texts come sorted by length, so go by `indices`; of short ones more share a batch: `tokens` of them, padding
-    included (None = what `batch_size` of the longest take). With fewer samples than processes one may get no batch.
+    Texts come sorted by length, so go by `indices`; with `tokens` a batch holds as many as have so many tokens,
+    padding included, instead of `batch_size`. With fewer samples than processes one may get no batch.
     """
     mine = np.arange(len(dataset) * rank // world, len(dataset) * (rank + 1) // world)
     batches = eval_batches(mine, dataset.lengths, batch_size, tokens)
@@ -303,12 +303,24 @@ def eval_loader(
 def eval_batches(
     indices: np.ndarray, lengths: np.ndarray | None, batch_size: int, tokens: int | None = None
 ) -> list[list[int]]:
-    """Return batches of these samples: of images `batch_size`, of texts as many as `tokens` hold, longest first."""
-    if lengths is None:
-        return [indices[at : at + batch_size].tolist() for at in range(0, len(indices), batch_size)]
-    # longest first: memory runs out early or never
-    order = indices[np.argsort(-lengths[indices], kind="stable")].tolist()
-    return cut_by_tokens(order, lengths, tokens or batch_size * int(lengths.max()))
+    """Return batches of `batch_size` samples, of texts with `tokens` of as many as that holds, longest first."""
+    if lengths is not None:  # longest first: memory runs out early or never
+        indices = indices[np.argsort(-lengths[indices], kind="stable")]
+    if lengths is not None and tokens is not None:
+        return cut_by_tokens(indices.tolist(), lengths, tokens)
+    return [indices[at : at + batch_size].tolist() for at in range(0, len(indices), batch_size)]
+
+
+def eval_tokens(
+    lengths: np.ndarray | None, batch_size: int, device: torch.device, asked: int | None = None
+) -> int | None:
+    """Return the tokens of a batch that is only measured: as asked, else what `batch_size` of the longest texts take.
+
+    So memory is no issue, and short texts fill an accelerator as long ones do. A CPU is no faster for it: None there.
+    """
+    if lengths is None or (asked is None and device.type == "cpu"):
+        return None
+    return asked or batch_size * int(lengths.max())
 
 
 def loader_over(dataset: EvalSet, batches: Sequence[list[Any]], *, workers: int) -> DataLoader:

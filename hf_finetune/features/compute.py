@@ -14,15 +14,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from hf_finetune.data.loaders import EvalSet, TrainSet, collate, eval_batches, loader_over
+from hf_finetune.data.loaders import EvalSet, TrainSet, collate, eval_batches, eval_tokens, loader_over
 from hf_finetune.evaluation import to_device
 from hf_finetune.features.cut import Cut, Inputs, capture
 from hf_finetune.features.disk import discard, features_folder, remove
 from hf_finetune.features.store import Column, Stored, StoreError, Writer, bytes_of, key_of, open_features
 
 BATCH = 32
-"""Samples that run through the prefix together, of short texts more: always the same ones, so that features are the
-same to the bit."""
+"""Samples that run through the prefix together, on an accelerator more of short texts: always the same ones, so that
+features are the same to the bit."""
 CHECKED = 8
 """Stored rows that are computed anew and compared when features are found on disk."""
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -226,7 +226,8 @@ def _batches(
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Yield this process's batches of a split as (rows, batch); texts of like length together."""
     lengths = np.diff(want.ends, prepend=0) if len(want.ends) else None
-    batches = eval_batches(np.arange(want.rows), lengths, BATCH)
+    tokens = eval_tokens(lengths, BATCH, accelerator.device)
+    batches = eval_batches(np.arange(want.rows), lengths, BATCH, tokens)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     keys = [[want.sample_key(row) for row in batch] for batch in mine]
     yield from zip(mine, loader_over(want.data, keys, workers=workers), strict=True)
