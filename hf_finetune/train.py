@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from hf_finetune.augment.batch import mix, mixers
-from hf_finetune.data.loaders import iterate_batches
+from hf_finetune.data.loaders import iterate_epochs
 from hf_finetune.data.targets import soft_targets
 from hf_finetune.errors import Interrupted
 from hf_finetune.evaluation import evaluate, to_device
@@ -124,7 +124,7 @@ def _train(
     save_every = timeline.steps(training.checkpoint.every) if training.checkpoint else 0
     log_every = max(1, timeline.total_steps // LOGGED_STEPS)
     pace = record.pace  # of training and evaluating alone, and how much of that waits for data
-    entered, batches = -1, None  # the phase the model is set up for; the epoch's batches
+    entered, batches = -1, None  # the phase the model is set up for; its batches
     still: dict[str, str] = {}  # fingerprints of what is frozen in this phase
 
     def save() -> None:
@@ -162,8 +162,8 @@ def _train(
 
         if not at.due:
             epoch, batch_index = divmod(at.step, timeline.steps_per_epoch)
-            if batches is None or batch_index == 0:
-                batches = iterate_batches(source.train, epoch, batch_index)
+            if batches is None:
+                batches = iterate_epochs(source.train, epoch, batch_index, timeline.total_steps - at.step)
             multiple = at.reduction * rate_multiple(recipe, timeline, at.step, at.phase_start, at.phase_end)
             rates = set_rates(
                 optimizer.optimizer, setup.groups, phase=at.phase, base_lr=base_lr, multiple=multiple

@@ -26,6 +26,7 @@ from hf_finetune.data.loaders import (
     eval_loader,
     eval_tokens,
     iterate_batches,
+    iterate_epochs,
     share,
     train_loader,
 )
@@ -302,6 +303,25 @@ def test_workers_do_not_change_what_is_seen_epoch_after_epoch(digits):
         actual = joined(list(iterate_batches(workers, epoch, start)))
         assert torch.equal(actual[0], expected[0])
         assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epoch_follows_epoch(digits, workers):
+    train = TrainSet(digits.train, digits.labels, IMAGES, CROP_AND_FLIP, seed=5)
+    loader = train_loader(train, batch_size=8, micro_batch_size=4, workers=workers)
+    batches = iterate_epochs(loader, 1, 5, steps=2 + 7 + 3)
+    found = list(batches)  # to the end of the third epoch
+    expected = epoch_of(train, batch_size=8, micro_batch_size=4, epoch=1, start=5)
+    for epoch in (2, 3):
+        expected += epoch_of(train, batch_size=8, micro_batch_size=4, epoch=epoch)
+    assert [len(batch) for batch in found] == [len(batch) for batch in expected]
+    for one, other in zip(joined(found), joined(expected), strict=True):
+        assert torch.equal(one, other)
+    left = iterate_epochs(loader, 3, 0, steps=100)
+    for _ in range(7):
+        next(left)  # the next epoch has begun by now
+    again = list(iterate_epochs(loader, 7, 2, steps=1))
+    assert torch.equal(joined(again)[1], joined(epoch_of(train, batch_size=8, epoch=7, start=2))[1])
 
 
 def test_an_epoch_left_early_leaves_nothing_behind(digits):

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import count as count_from
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -271,13 +272,38 @@ def iterate_batches(loader: DataLoader, epoch: int, start: int = 0) -> Iterator[
     A micro-batch also carries `"batch_size"`, the size of the global batch: what a sum over samples is
     divided by.
     """
-    batches = loader.batch_sampler
-    assert isinstance(batches, TrainBatches), "iterate_batches reads what train_loader returns"
-    batches.epoch, batches.start = epoch, start
-    counts = [(size, len(micro_batches)) for size, micro_batches in batches.micro_batches()]
-    stream = iter(loader)
+    counts, stream = _begin(loader, epoch, start)
     for size, count in counts:
         yield [{**next(stream), "batch_size": size} for _ in range(count)]
+
+
+def iterate_epochs(loader: DataLoader, epoch: int, start: int, steps: int) -> Iterator[list[Batch]]:
+    """Yield what `iterate_batches` yields, epoch after epoch, up to the end of the one in which `steps` are reached.
+
+    Workers begin with an epoch as soon as the last batch of the one before is out: they work on while that is trained
+    on and while the model is measured.
+    """
+    counts, stream = _begin(loader, epoch, start)
+    for following in count_from(epoch + 1):
+        steps -= len(counts)
+        size, count = counts.pop()
+        for earlier, micro_batches in counts:
+            yield [{**next(stream), "batch_size": earlier} for _ in range(micro_batches)]
+        last = [{**next(stream), "batch_size": size} for _ in range(count)]
+        if steps <= 0:
+            yield last
+            return
+        counts, stream = _begin(loader, following, 0)
+        yield last
+
+
+def _begin(loader: DataLoader, epoch: int, start: int) -> tuple[list[tuple[int, int]], Iterator[Batch]]:
+    """Let workers begin with an epoch; return the size and the micro-batches of each batch, and their stream."""
+    batches = loader.batch_sampler
+    assert isinstance(batches, TrainBatches), "only what train_loader returns knows epochs"
+    batches.epoch, batches.start = epoch, start
+    counts = [(size, len(micro_batches)) for size, micro_batches in batches.micro_batches()]
+    return counts, iter(loader)
 
 
 def eval_loader(
