@@ -108,6 +108,17 @@ def augmentations_fit_the_modality(recipe: Recipe) -> Iterator[Conflict]:
             )
 
 
+def decoding_needs_images(recipe: Recipe) -> Iterator[Conflict]:
+    """Only images are decoded."""
+    text = next((key for key, modality in _modality(recipe) if modality == "text"), None)
+    if recipe.data.cache and text:
+        yield Conflict(
+            ("data.cache", text),
+            "images are decoded; texts are tokenised once in any case",
+            "remove the key",
+        )
+
+
 def mixing_needs_pairs(recipe: Recipe) -> Iterator[Conflict]:
     """mixup and cutmix blend samples 2k and 2k+1 of a forward pass, so their number is even."""
     for key in _mixing(recipe):
@@ -160,6 +171,26 @@ def run_has_a_length(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(keys, "the run has no length", "set training.epochs or training.steps")
     elif training.epochs is not None and training.steps is not None:
         yield Conflict(keys, "both say how long the run is", "keep one, remove the other")
+
+
+def micro_batches_hold_a_text(recipe: Recipe) -> Iterator[Conflict]:
+    """A bound on tokens is for texts, and holds the longest of them."""
+    tokens, longest = recipe.training.micro_batch_tokens, recipe.data.max_length
+    if tokens is None:
+        return
+    image = next((key for key, modality in _modality(recipe) if modality == "image"), None)
+    if image:
+        yield Conflict(
+            ("training.micro_batch_tokens", image),
+            "images have no tokens",
+            "set training.micro_batch_size instead",
+        )
+    elif longest != "auto" and tokens < longest:
+        yield Conflict(
+            ("training.micro_batch_tokens", "data.max_length"),
+            f"{tokens} tokens do not hold one text of {longest}",
+            f"set training.micro_batch_tokens: {longest} or more, or data.max_length: {tokens} or less",
+        )
 
 
 def micro_batches_fill_the_batch(recipe: Recipe) -> Iterator[Conflict]:
@@ -502,12 +533,14 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     shipped_names,
     modalities_agree,
     augmentations_fit_the_modality,
+    decoding_needs_images,
     mixing_needs_pairs,
     mixing_needs_classes,
     smoothing_needs_classes,
     weights_need_classes,
     run_has_a_length,
     micro_batches_fill_the_batch,
+    micro_batches_hold_a_text,
     metrics_fit_the_labels,
     better_is_known,
     evaluations_happen,

@@ -173,6 +173,9 @@ def _print_cost(setup: Setup, accelerator: Accelerator, steps: list[int], feed: 
     )
     for note in notes:
         _say(f"frozen layers: {note}")
+    if recipe.data.cache == "decoded":
+        for split in ("train", "validation"):
+            _say(f"images: {feed.decoding(split)}, where a phase reads them")
     total = training + measuring + computing
     _say(
         f"{timeline.total_steps} steps, {timeline.steps_per_epoch} per epoch, "

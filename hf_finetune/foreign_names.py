@@ -11,6 +11,10 @@ RENAMED: dict[str, str] = {
     **dict.fromkeys(("train_batch_size", "bs", "global_batch_size"), "training.batch_size"),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_batch_size"), "training.micro_batch_size"),
     **dict.fromkeys(("torch_compile", "torchcompile"), "training.compile"),
+    **dict.fromkeys(
+        ("max_tokens", "max_tokens_per_batch", "tokens_per_batch"), "training.micro_batch_tokens"
+    ),
+    **dict.fromkeys(("cache_images", "cache_ram", "cache_mode"), "data.cache"),
     **dict.fromkeys(("fp16", "bf16", "tf32", "amp", "mixed_precision"), "training.precision"),
     **dict.fromkeys(
         ("max_grad_norm", "grad_clip", "clip_grad", "gradient_clip_val", "gradient_clipping"),

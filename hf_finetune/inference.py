@@ -19,7 +19,7 @@ from torch import nn
 
 from hf_finetune.data.checks import read_image
 from hf_finetune.data.labels import Labels
-from hf_finetune.data.loaders import EvalSet, eval_loader
+from hf_finetune.data.loaders import EvalSet, eval_loader, eval_tokens
 from hf_finetune.errors import UserError, did_you_mean
 from hf_finetune.evaluation import Evaluation, evaluate, to_device
 from hf_finetune.models.forward import placed
@@ -236,8 +236,13 @@ def _loader(rows: Dataset, trained: Trained, accelerator: Accelerator) -> Any:
     dataset = EvalSet(rows, trained.labels, trained.backbone.input, max_length=trained.recipe.data.max_length)
     training = trained.recipe.training
     size = max(BATCH_SIZE, training.micro_batch_size or training.batch_size // accelerator.num_processes)
+    tokens = eval_tokens(dataset.lengths, size, accelerator.device, training.micro_batch_tokens)
     return eval_loader(
-        dataset, batch_size=size, rank=accelerator.process_index, world=accelerator.num_processes
+        dataset,
+        batch_size=size,
+        tokens=tokens,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
     )
 
 

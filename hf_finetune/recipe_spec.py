@@ -58,6 +58,9 @@ class TrainingSpec(Spec):
     """Samples per optimizer step over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Samples per device and forward pass; null = batch_size / processes."""
+    micro_batch_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Tokens per device and forward pass at most, padding included: a batch of long texts takes more passes, others
+    stay whole, and the result is the same; null = as many as `micro_batch_size` texts have."""
     precision: Precision = "auto"
     """Number format of the forward pass; auto = the fastest this hardware does well. Weights, output layer and loss
     are fp32 in all of them."""

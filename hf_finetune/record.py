@@ -34,6 +34,7 @@ from hf_finetune.hub.reload import (
     write_expected,
 )
 from hf_finetune.monitor import Best
+from hf_finetune.pace import Pace
 from hf_finetune.parallel import gathered, holding, unseen, write_whole
 from hf_finetune.precision import accelerator_in
 from hf_finetune.recipe import dump_recipe
@@ -41,7 +42,7 @@ from hf_finetune.report.curves import save_curves
 from hf_finetune.resume import Resumed, find_run, take_over
 from hf_finetune.runfolder import RunFolder, hardware, load_run, read_status, versions, writing
 from hf_finetune.runlock import RunLock
-from hf_finetune.setup import Setup
+from hf_finetune.setup import Setup, less_waiting
 from hf_finetune.tasks.metrics import default_metric
 from hf_finetune.together import by_main, together
 
@@ -67,6 +68,8 @@ class Record:
     """What the run had taken when it was interrupted."""
     accelerator: Accelerator | None = None
     """Set once trackers are running."""
+    pace: Pace = field(default_factory=Pace)
+    """How fast this process goes, and how long it waited for data."""
     say: Callable[[str], None] = lambda text: None
     """Told what the user should know."""
     whole: nn.Module | None = None
@@ -287,11 +290,18 @@ class Record:
     def _close(self) -> None:
         shutil.rmtree(self.path / ".model.new", ignore_errors=True)  # stopped while writing
         emissions = self._stop_metering() if self._stop_metering else None
+        before = read_status(self.path) if self.checkpoint else {}
         if self.checkpoint:
-            emissions = added(read_status(self.path).get("emissions"), emissions)
+            emissions = added(before.get("emissions"), emissions)
         self._folder.write_status(
-            status=self.status, why=self.why, wall_seconds=round(self._seconds(), 3), emissions=emissions
+            status=self.status,
+            why=self.why,
+            wall_seconds=round(self._seconds(), 3),
+            emissions=emissions,
+            **self.pace.facts(before.get("seconds")),
         )
+        if self.pace.seconds["training"]:
+            self.say(self.pace.told(less_waiting(self.setup)))
         self._describe()
 
     def _describe(self) -> None:

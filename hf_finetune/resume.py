@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # Recipe keys that say where and how to run, not what comes out.
 FREE_KEYS = (
-    "output", "hub", "trackers", "data.workers", "training.checkpoint", "training.max_hours", "training.reload_check",
+    "output", "hub", "trackers", "data.workers", "data.cache_budget", "training.checkpoint", "training.max_hours",
+    "training.reload_check",
 )  # fmt: skip
 # What a revision means is compared instead: the backbone's commit, the data's content.
 _BY_COMMIT = ("backbone.revision", "data.revision")

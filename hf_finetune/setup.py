@@ -20,13 +20,14 @@ from hf_finetune import host
 from hf_finetune.augment.presets import resolve_augment
 from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, AugmentationSpec
 from hf_finetune.compilation import resolve_compile
-from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, train_loader
+from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, eval_tokens, train_loader
 from hf_finetune.data.splits import Splits, load_splits
 from hf_finetune.data.targets import class_weights
+from hf_finetune.data.tokens import kept_tokens
 from hf_finetune.defaults import Choice, resolve
 from hf_finetune.errors import RecipeError, UserError
 from hf_finetune.features.spec import CacheSpec
-from hf_finetune.models.load import Backbone, ImageInput, checkpoint_gradients, load_backbone
+from hf_finetune.models.load import Backbone, ImageInput, TextInput, checkpoint_gradients, load_backbone
 from hf_finetune.optim import SHAREABLE, ParamGroup, build_optimizer, group_parameters
 from hf_finetune.parallel import holding, unseen
 from hf_finetune.precision import resolve_precision
@@ -37,6 +38,8 @@ from hf_finetune.tasks import TASKS
 from hf_finetune.tasks.metrics import EVALUATE_PREFIX, default_metric, load_from_evaluate, metric_mode
 from hf_finetune.timeline import Timeline, build_timeline, reachable
 
+MOST_WORKERS = 16
+"""Processes that `data.workers: auto` starts at most for one that trains."""
 SMALL_IMAGE_SET = 200
 """Images that are loaded before worker processes would have started."""
 
@@ -117,6 +120,12 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     if recipe.task == "auto":
         choices.append(Choice("task", task, f"the data holds {splits.modality}s"))
 
+    if splits.modality == "text" and recipe.data.cache:
+        raise RecipeError(
+            f"{recipe.where('data.cache')}: '{recipe.data.cache}' keeps images, and the data holds texts, which are "
+            "tokenised once in any case. Remove the key."
+        )
+
     if recipe.strategy.from_scratch and recipe.backbone.pretrained:
         choices.append(
             Choice(
@@ -180,6 +189,7 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
 
     timeline = build_timeline(recipe, len(splits.train))
     micro_batch_size = _micro_batch_size(recipe, world_size)
+    _check_micro_batch_tokens(recipe, backbone.input)
     if holding(world_size) == "fsdp2" and precision == "fp16":
         raise RecipeError(
             f"{recipe.where('training.precision')}: fp16 is not supported under FSDP2. Use bf16 or fp32, or DDP."
@@ -330,6 +340,21 @@ def _micro_batch_size(recipe: Recipe, world_size: int) -> int:
     return size
 
 
+def _check_micro_batch_tokens(recipe: Recipe, model_input: ImageInput | TextInput) -> None:
+    """Refuse a bound that the longest text may exceed alone, or one for images."""
+    tokens, where = recipe.training.micro_batch_tokens, recipe.where("training.micro_batch_tokens")
+    if tokens is None:
+        return
+    if isinstance(model_input, ImageInput):
+        raise RecipeError(f"{where}: images have no tokens. Set training.micro_batch_size instead.")
+    longest = kept_tokens(model_input, recipe.data.max_length)
+    if tokens < longest:
+        raise RecipeError(
+            f"{where}: {tokens} tokens do not hold one text, of which up to {longest} are kept. Set it to at least "
+            f"{longest}, or data.max_length to at most {tokens}."
+        )
+
+
 def build_sets(setup: Setup) -> tuple[TrainSet, EvalSet]:
     """Return train and validation as the model reads them."""
     recipe, splits, model_input = setup.recipe, setup.splits, setup.backbone.input
@@ -341,6 +366,7 @@ def build_sets(setup: Setup) -> tuple[TrainSet, EvalSet]:
         setup.augmentations,
         seed=recipe.training.seed,
         max_length=max_length,
+        shrink=recipe.data.cache == "decoded",
     )
     return train, EvalSet(splits.validation, splits.labels, model_input, max_length=max_length)
 
@@ -351,6 +377,7 @@ def build_loaders(
     """Return the loaders of this process's share of train and validation."""
     train, validation = sets or build_sets(setup)
     size, micro = setup.recipe.training.batch_size, setup.micro_batch_size
+    tokens = setup.recipe.training.micro_batch_tokens
 
     def common(data: EvalSet) -> dict[str, Any]:
         return {
@@ -361,8 +388,15 @@ def build_loaders(
         }
 
     return (
-        train_loader(train, batch_size=size, micro_batch_size=micro, **common(train)),
-        eval_loader(validation, batch_size=max(32, micro), **common(validation)),
+        train_loader(
+            train, batch_size=size, micro_batch_size=micro, micro_batch_tokens=tokens, **common(train)
+        ),
+        eval_loader(
+            validation,
+            batch_size=max(32, micro),
+            tokens=eval_tokens(validation.lengths, max(32, micro), accelerator.device, tokens),
+            **common(validation),
+        ),
     )
 
 
@@ -372,12 +406,29 @@ def worker_count(
     """Return how many processes load data for each training process, and why."""
     if asked != "auto":
         return int(asked), "as the recipe says"
-    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, ours // world_size)
+    cores = cores_per_process(world_size)
     if modality == "text":
         return 0, "texts are tokenised in advance"
     if rows <= SMALL_IMAGE_SET:
         return 0, f"{rows} images load faster than workers start"
     if device.type == "cpu":
         return min(2, cores), f"the model computes on the same {cores} cores"
-    return min(8, max(1, cores - 1)), f"{cores} cores for each process"
+    return min(MOST_WORKERS, max(1, cores - 1)), f"{cores} cores for each process"
+
+
+def cores_per_process(world_size: int) -> int:
+    """Return the CPU cores that each training process on this machine may use."""
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, ours // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def less_waiting(setup: Setup) -> list[str]:
+    """Return what lets a run wait less for its data."""
+    if setup.splits.modality == "text":
+        return []
+    data, helps = setup.recipe.data, []
+    if data.cache != "decoded":
+        helps.append("`data.cache: decoded` decodes every image once")
+    if int(data.workers) < (idle := cores_per_process(int(os.environ.get("WORLD_SIZE", "1"))) - 1):
+        helps.append(f"`data.workers: {idle}` loads with more of the cores (now {data.workers})")
+    return helps

@@ -15,9 +15,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hf_finetune.data.columns import column_values
+from hf_finetune.data.tokens import kept_tokens
 from hf_finetune.errors import FinetuneError, Interrupted, TrainingError
+from hf_finetune.models.backbone import TextInput
 from hf_finetune.monitor import Best
 from hf_finetune.record import Record
+from hf_finetune.setup import Setup
 from hf_finetune.together import by_everyone, is_lost_peer
 
 
@@ -48,15 +51,21 @@ def watched_signals() -> Iterator[list[str]]:
 
 
 @contextmanager
-def named_failures(micro_batch_size: int) -> Iterator[None]:
+def named_failures(setup: Setup) -> Iterator[None]:
     """Around training: turns what torch says of a full memory or a lost process into a TrainingError."""
     try:
         yield
     except torch.OutOfMemoryError:
-        half = max(1, micro_batch_size // 2)
+        size, model_input = setup.micro_batch_size, setup.backbone.input
+        half = max(1, size // 2)
+        ways = f"training.micro_batch_size={half}"
+        if isinstance(model_input, TextInput):
+            longest = kept_tokens(model_input, setup.recipe.data.max_length)
+            tokens = max(longest, (setup.recipe.training.micro_batch_tokens or size * longest) // 2)
+            ways += f", or training.micro_batch_tokens={tokens}, which cuts batches of long texts alone"
         raise TrainingError(
-            f"out of memory at {micro_batch_size} samples per forward pass. Set training.micro_batch_size={half}: "
-            "gradients accumulate to the same batch_size, so the result stays the same."
+            f"out of memory at {size} samples per forward pass. Set {ways}: gradients accumulate to the same "
+            "batch_size, so the result stays the same."
         ) from None
     except RuntimeError as error:
         if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):  # both import slowly

@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 
 from hf_finetune.augment.batch import mix, mixers
 from hf_finetune.compilation import compiled
-from hf_finetune.data.loaders import iterate_batches
+from hf_finetune.data.loaders import iterate_epochs
 from hf_finetune.data.targets import soft_targets
 from hf_finetune.errors import Interrupted
 from hf_finetune.evaluation import evaluate, to_device
@@ -83,7 +83,7 @@ def finetune(
     for note in (*setup.splits.report.notes, *setup.notes):
         progress.say(f"note: {note}")
     progress.say(f"{setup.trainable_size:,} of {setup.total_size:,} parameters train ({share:.3g} %)")
-    failures = named_failures(setup.micro_batch_size)
+    failures = named_failures(setup)
     with watched_signals() as signals, progress, record.closing(accelerator), failures:
         try:
             status, why = _train(setup, accelerator, record, progress, signals)
@@ -132,8 +132,8 @@ def _train(
         restore(record.checkpoint, at, watch, model, optimizer, ema, setup, accelerator)
     save_every = timeline.steps(training.checkpoint.every) if training.checkpoint else 0
     log_every = max(1, timeline.total_steps // LOGGED_STEPS)
-    seen, clock = 0, time.monotonic()  # samples and time since the last training row
-    entered, batches = -1, None  # the phase the model is set up for; the epoch's batches
+    pace = record.pace  # of training and evaluating alone, and how much of that waits for data
+    entered, batches = -1, None  # the phase the model is set up for; its batches
     still: dict[str, str] = {}  # fingerprints of what is frozen in this phase
 
     def save() -> None:
@@ -167,16 +167,15 @@ def _train(
             entered, plan = at.phase, setup.plans[at.phase]
             scope.apply(plan, setup.backbone.anatomy, feed.homes)
             still = fingerprints(frozen_tensors(model, plan))
-            entering = time.monotonic()
             # What is frozen is computed once.
             source = feed.enter(at.phase, still, measured, on_batch=while_busy, say=progress.say)
             record.log_features(at.phase, source.note)
             wrapped, batches = wrap(accelerator, model), None
             if training.compile == "on" and source.train is feed.plain.train:  # layers above features are few
                 wrapped = compiled(wrapped)
-            clock += time.monotonic() - entering  # that does not count as training time
 
         if plan.solver and not at.due:
+            pace.begin()
             solved = solve(setup, plan.solver, source, model, accelerator, losses_of, while_busy)
             loss_value, rates, batch_size = solved.loss, {}, solved.rows
             record.log_solved(at.phase, solved.facts)
@@ -185,13 +184,13 @@ def _train(
                 ema.set(model)
         elif not at.due:
             epoch, batch_index = divmod(at.step, timeline.steps_per_epoch)
-            if batches is None or batch_index == 0:
-                batches = iterate_batches(source.train, epoch, batch_index)
+            if batches is None:
+                batches = iterate_epochs(source.train, epoch, batch_index, timeline.total_steps - at.step)
             multiple = at.reduction * rate_multiple(recipe, timeline, at.step, at.phase_start, at.phase_end)
             rates = set_rates(
                 optimizer.optimizer, setup.groups, phase=at.phase, base_lr=base_lr, multiple=multiple
             )
-            micro_batches = next(batches)
+            micro_batches = pace.next_of(batches)
             batch_size = micro_batches[0]["batch_size"]  # over all processes
             loss, answers = torch.zeros((), device=device), []
             for number, batch in enumerate(micro_batches, 1):
@@ -212,7 +211,7 @@ def _train(
                     losses = losses_of(logits, targets)
                     # Summed over samples and divided by the whole batch: short batches and uneven shares weigh
                     # right. DDP averages over processes, hence the factor.
-                    share = (losses * batch["weights"].to(device)).sum() / batch_size
+                    share = (losses * batch["weights"].to(device, non_blocking=True)).sum() / batch_size
                     penalty = adapter.penalty() if adapter and number == len(micro_batches) else 0.0
                     accelerator.backward(share * world + penalty)
                 loss += share.detach()
@@ -233,10 +232,11 @@ def _train(
             if ema:
                 ema.update(model)
         if not at.due:
-            at.step, seen, speed = at.step + 1, seen + batch_size, None
+            pace.stepped(batch_size)
+            at.step, speed = at.step + 1, None
             at.due = bool(plan.solver) or at.step % timeline.evaluate_every == 0 or is_over()
             if at.due or at.step == 1 or at.step % log_every == 0:
-                speed, seen, clock = seen / (time.monotonic() - clock), 0, time.monotonic()
+                speed = pace.samples_per_second()
                 record.log_training(at.step, at.phase, loss_value, rates, speed)
             progress.step(
                 step=at.step, epoch=timeline.epoch(at.step), phase=plan.name, loss=loss_value, lrs=rates,
@@ -250,7 +250,7 @@ def _train(
                 share_buffers(measured)
             result = evaluate(
                 measured,
-                source.validation,
+                pace.evaluating(source.validation),
                 splits.labels,
                 record.metrics,
                 accelerator,
@@ -279,7 +279,6 @@ def _train(
             if watch.early and watch.early.exhausted_by(value) and at.phase + 1 < len(setup.plans):
                 at.phase_end = at.step  # this phase has given what it can; the next ones have yet to begin
                 watch.early.restart()
-            clock = time.monotonic()  # evaluating does not count as training time
         if save_every and at.step % save_every == 0 and not is_over():
             save()
     if entered >= 0:

@@ -238,7 +238,7 @@ BROKEN = [
         recipe.yaml:3: training.epoch
           unknown key, given 3
           did you mean 'epochs'?
-          allowed: epochs, steps, batch_size, micro_batch_size, precision, compile, clip_norm, label_smoothing, ema, gradient_checkpointing, checkpoint, max_hours, reload_check, seed
+          allowed: epochs, steps, batch_size, micro_batch_size, micro_batch_tokens, precision, compile, clip_norm, label_smoothing, ema, gradient_checkpointing, checkpoint, max_hours, reload_check, seed
         1 problem in recipe.yaml
         """,
     ),
@@ -556,7 +556,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:2: training
-          given null; allowed: a section with epochs, steps, batch_size, micro_batch_size, precision, compile, clip_norm, label_smoothing, ema, gradient_checkpointing, checkpoint, max_hours, reload_check, seed
+          given null; allowed: a section with epochs, steps, batch_size, micro_batch_size, micro_batch_tokens, precision, compile, clip_norm, label_smoothing, ema, gradient_checkpointing, checkpoint, max_hours, reload_check, seed
           remove the line, or write keys below it
         recipe.yaml:3: epochs
           unknown key, given 3
@@ -573,7 +573,7 @@ BROKEN = [
         """,
         """
         recipe.yaml:2: training
-          given 3; allowed: a section with epochs, steps, batch_size, micro_batch_size, precision, compile, clip_norm, label_smoothing, ema, gradient_checkpointing, checkpoint, max_hours, reload_check, seed
+          given 3; allowed: a section with epochs, steps, batch_size, micro_batch_size, micro_batch_tokens, precision, compile, clip_norm, label_smoothing, ema, gradient_checkpointing, checkpoint, max_hours, reload_check, seed
         recipe.yaml:3: data.path
           given {train: a.csv}; allowed: text or a list of texts, not empty
         2 problems in recipe.yaml
@@ -1055,6 +1055,69 @@ BROKEN = [
           it is larger than the batch of an optimizer step, which takes a whole number of forward passes
           set training.micro_batch_size: 32, or training.batch_size: 64
         1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "micro batch that holds no text",
+        """
+        task: text-classification
+        backbone: bert-base-uncased
+        data: {path: mails.csv, max_length: 256}
+        strategy: full
+        training: {micro_batch_tokens: 200}
+        """,
+        """
+        recipe.yaml:5: training.micro_batch_tokens
+          given 200, with data.max_length: 256 (recipe.yaml:3)
+          200 tokens do not hold one text of 256
+          set training.micro_batch_tokens: 256 or more, or data.max_length: 200 or less
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "tokens of images",
+        """
+        data: shipped/digits
+        strategy: full
+        training: {micro_batch_tokens: 4096}
+        """,
+        """
+        recipe.yaml:3: training.micro_batch_tokens
+          given 4096, with data.path: shipped/digits (recipe.yaml:1)
+          images have no tokens
+          set training.micro_batch_size instead
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "decoded texts",
+        """
+        task: text-classification
+        backbone: shipped/minilm
+        data: {path: shipped/reviews, cache: decoded}
+        strategy: full
+        """,
+        """
+        recipe.yaml:3: data.cache
+          given decoded, with task: text-classification (recipe.yaml:1)
+          images are decoded; texts are tokenised once in any case
+          remove the key
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "images kept in another form",
+        """
+        strategy: full
+        data: {cache: jpeg, cache_budget: 8}
+        """,
+        """
+        recipe.yaml:2: data.cache
+          given jpeg; allowed: decoded or null
+        recipe.yaml:2: data.cache_budget
+          given 8; allowed: a size (8GB)
+          a size is a number above 0 and its unit (B, KB, MB, GB, TB), such as 8GB
+        2 problems in recipe.yaml
         """,
     ),
     Broken(

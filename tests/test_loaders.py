@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import re
 from pathlib import Path
@@ -23,16 +24,19 @@ from hf_finetune.data.loaders import (
     TrainSet,
     epoch_batches,
     eval_loader,
+    eval_tokens,
     iterate_batches,
+    iterate_epochs,
     share,
     train_loader,
 )
+from hf_finetune.data.order import cut_by_tokens, share_by_tokens
 from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import load_splits
 from hf_finetune.errors import DataError, RecipeError
 from hf_finetune.explain import explain_recipe
 from hf_finetune.models.backbone import ImageInput, TextInput
-from hf_finetune.setup import SMALL_IMAGE_SET, worker_count
+from hf_finetune.setup import MOST_WORKERS, SMALL_IMAGE_SET, worker_count
 
 IMAGES = ImageInput((16, 16), (0.5,) * 3, (0.5,) * 3, 1.0, "center", "bilinear")
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -137,6 +141,35 @@ def test_a_sample_left_alone_is_repeated_without_weight():
     assert share([4, 5, 6], 1, 2, 8) == [([6, 6], [1.0, 0.0])]
     assert share([4], 1, 2, 8) == [([4, 4], [0.0, 0.0])]
     assert share([4, 5], 0, 1, 1) == [([4], [1.0]), ([5], [1.0])]
+
+
+LENGTHS = np.random.default_rng(0).integers(3, 31, 64)
+
+
+@pytest.mark.parametrize("tokens", [30, 60, 100, 1000])
+@pytest.mark.parametrize(
+    ("n", "world", "micro"), [(32, 1, 32), (32, 2, 16), (33, 4, 3), (7, 2, 2), (1, 3, 1), (2, 4, 8)]
+)
+def test_micro_batches_hold_as_many_tokens_as_they_may(n, world, micro, tokens):
+    batch = sorted(range(n), key=LENGTHS.__getitem__)
+    shares = [share_by_tokens(batch, rank, world, micro, LENGTHS, tokens) for rank in range(world)]
+    assert len({len(each) for each in shares}) == 1  # all processes step together
+    flat = [micro_batch for each in shares for micro_batch in each]
+    assert [i for indices, weights in flat for i, w in zip(indices, weights, strict=True) if w] == batch
+    assert all(len(indices) * LENGTHS[indices].max() <= tokens for indices, _ in flat)
+    assert all(len(indices) <= max(micro, 2) for indices, _ in flat)
+    if tokens == 1000 and n > world:
+        assert shares == [
+            share(batch, rank, world, micro) for rank in range(world)
+        ]  # room for all: nothing is cut
+
+
+def test_no_run_of_samples_could_hold_the_next():
+    order = np.argsort(-LENGTHS).tolist()
+    cut = cut_by_tokens(order, LENGTHS, 90)
+    assert [index for each in cut for index in each] == order
+    for one, other in itertools.pairwise(cut):
+        assert len(one) * LENGTHS[one].max() <= 90 < (len(one) + 1) * LENGTHS[[*one, other[0]]].max()
 
 
 # ---- samples -----------------------------------------------------------------------------------------------
@@ -272,6 +305,25 @@ def test_workers_do_not_change_what_is_seen_epoch_after_epoch(digits):
         assert torch.equal(actual[1], expected[1])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epoch_follows_epoch(digits, workers):
+    train = TrainSet(digits.train, digits.labels, IMAGES, CROP_AND_FLIP, seed=5)
+    loader = train_loader(train, batch_size=8, micro_batch_size=4, workers=workers)
+    batches = iterate_epochs(loader, 1, 5, steps=2 + 7 + 3)
+    found = list(batches)  # to the end of the third epoch
+    expected = epoch_of(train, batch_size=8, micro_batch_size=4, epoch=1, start=5)
+    for epoch in (2, 3):
+        expected += epoch_of(train, batch_size=8, micro_batch_size=4, epoch=epoch)
+    assert [len(batch) for batch in found] == [len(batch) for batch in expected]
+    for one, other in zip(joined(found), joined(expected), strict=True):
+        assert torch.equal(one, other)
+    left = iterate_epochs(loader, 3, 0, steps=100)
+    for _ in range(7):
+        next(left)  # the next epoch has begun by now
+    again = list(iterate_epochs(loader, 7, 2, steps=1))
+    assert torch.equal(joined(again)[1], joined(epoch_of(train, batch_size=8, epoch=7, start=2))[1])
+
+
 def test_an_epoch_left_early_leaves_nothing_behind(digits):
     train = TrainSet(digits.train, digits.labels, IMAGES, CROP_AND_FLIP, seed=5)
     workers = train_loader(train, batch_size=8, workers=1)
@@ -333,6 +385,24 @@ def test_evaluation_measures_every_sample_once(digits, world):
     assert indices == list(range(50))
 
 
+@pytest.mark.parametrize("world", [1, 3])
+def test_short_texts_share_larger_batches(tokenizer, world):
+    evalset = EvalSet(texts(), Labels("single", ("a", "b")), TextInput(tokenizer, 30))
+    tokens = eval_tokens(evalset.lengths, 4, torch.device("cuda"))
+    assert tokens == 4 * max(evalset.lengths)
+    batches = [
+        batch
+        for rank in range(world)
+        for batch in eval_loader(evalset, batch_size=4, tokens=tokens, rank=rank, world=world)
+    ]
+    assert sorted(index for batch in batches for index in batch["indices"].tolist()) == list(range(40))
+    assert all(batch["inputs"]["input_ids"].numel() <= tokens for batch in batches)
+    assert len(batches) < 10  # of four each
+    assert eval_tokens(evalset.lengths, 4, torch.device("cpu")) is None
+    assert eval_tokens(evalset.lengths, 4, torch.device("cpu"), 50) == 50
+    assert eval_tokens(None, 4, torch.device("cuda"), None) is None
+
+
 def test_text_evaluation_measures_every_sample_once(tokenizer):
     evalset = EvalSet(texts(), Labels("single", ("a", "b")), TextInput(tokenizer, 30))
     batches = [b for rank in range(3) for b in eval_loader(evalset, batch_size=4, rank=rank, world=3)]
@@ -367,7 +437,7 @@ def test_worker_count():
         1
         <= worker_count("auto", "image", 10_000, 1000, gpu)[0]
         <= worker_count("auto", "image", 10_000, 1, gpu)[0]
-        <= 8
+        <= MOST_WORKERS
     )
     assert 1 <= worker_count("auto", "image", 10_000, 1, cpu)[0] <= 2
 

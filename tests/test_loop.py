@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import hf_finetune.train as loop
 import runs
 from hf_finetune.errors import Interrupted, RecipeError, TrainingError, UserError
 from hf_finetune.evaluation import Evaluation
@@ -57,6 +58,32 @@ def test_micro_batches_add_up_to_the_batch(family: str, micro: int, tmp_path: Pa
     many = runs.run(family, tmp_path / "b", strategy="full", training={"micro_batch_size": micro}, **PLAIN)
     assert runs.same(runs.weights(one), runs.weights(many), tolerance=1e-6)
     assert [r["loss"] for r in many.rows] == pytest.approx([r["loss"] for r in one.rows], abs=1e-6)
+
+
+def test_batches_of_long_texts_take_more_passes_and_add_up_to_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    real = loop.to_device
+
+    def seen(inputs: Any, device: Any) -> Any:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return real(inputs, device)
+
+    monkeypatch.setattr(loop, "to_device", seen)
+    one = runs.run("bert-dry", tmp_path / "a", strategy="full", **PLAIN)
+    whole, shapes[:] = list(shapes), []
+    many = runs.run("bert-dry", tmp_path / "b", strategy="full", training={"micro_batch_tokens": 40}, **PLAIN)
+    assert max(rows * length for rows, length in whole) > 40
+    assert max(rows * length for rows, length in shapes) <= 40
+    assert len(whole) < len(shapes)
+    assert runs.same(runs.weights(one), runs.weights(many), tolerance=1e-6)
+    for before, after in zip(one.rows, many.rows, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], abs=1e-6)
+        assert after.get("metrics") == before.get("metrics")
+    with pytest.raises(RecipeError, match=r"7 tokens do not hold one text, of which up to \d+ are kept"):
+        runs.run("bert-dry", tmp_path / "c", strategy="full", training={"micro_batch_tokens": 7})
+    assert not (tmp_path / "c").exists()
 
 
 def test_clipping_sees_the_whole_batch(tmp_path: Path) -> None:
@@ -372,6 +399,7 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
 
 USER_ERRORS = [
     ({"optimizer": {"name": "adamm", "lr": 1e-3}}, RecipeError, "Did you mean 'adam"),
+    ({"training": {"micro_batch_tokens": 64}}, RecipeError, "images have no tokens"),
     ({"data": {"class_weights": {"purple": 2.0}}}, UserError, "there is no label 'purple'"),
     ({"training": {"precision": "fp16"}}, RecipeError, "fp16 does not train on a CPU"),
     ({"trackers": ["comet_ml"]}, UserError, "pip install comet-ml"),

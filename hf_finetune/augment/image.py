@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -17,13 +19,51 @@ from hf_finetune.augment.rng import sample_rng as sample_rng
 from hf_finetune.augment.spec import AugmentationSpec
 from hf_finetune.models.backbone import ImageInput
 
-ImageTransform = Callable[[Image.Image], Tensor]
 Step = Callable[[Any], Any]
 
 CROPS = ("random_resized_crop", "random_crop")
 """They bring the image to the model's size, in place of the evaluation resize and crop."""
+FULL_SIZE = "full_size"
+"""Under this name the `info` of a smaller copy holds height and width of its image."""
 ON_TENSORS = ("random_erasing",)
 """They work on the normalised tensor; the others on the PIL image."""
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """How an image becomes what the model reads, in two parts: `transform(image)` is `rest(fixed(image))`.
+
+    What comes out of `fixed` can be kept in place of the image.
+    """
+
+    scale: Scale | None
+    """What every view begins with, if anything: another size."""
+    crop: tuple[Step, ...]
+    """What comes next in every view: the evaluation crop, or nothing."""
+    rest: Callable[[Image.Image], Tensor]
+    """PIL -> float32 (3, H, W), with what is random: call it inside `sample_rng`."""
+
+    def fixed(self, image: Image.Image) -> Image.Image:
+        """Return the image as far as every view of it is the same."""
+        scaled = self.scale(image) if self.scale else image
+        for step in self.crop:
+            scaled = step(scaled)
+        return scaled
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return what the model reads."""
+        return self.rest(self.fixed(image))
+
+    def fixed_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width of what `fixed` makes of an image of this size."""
+        if self.crop:
+            assert isinstance(self.scale, EvalScale)
+            return self.scale.image_input.size
+        return self.scale.size(height, width) if self.scale else (height, width)
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides what `fixed` makes of an image."""
+        return {"scale": self.scale.describe() if self.scale else None, "crop": bool(self.crop)}
 
 
 def build_eval_transform(image_input: ImageInput) -> ImageTransform:
@@ -31,21 +71,20 @@ def build_eval_transform(image_input: ImageInput) -> ImageTransform:
 
     The result is that of `timm.data.create_transform(..., is_training=False)` for the same configuration.
     """
-    return cast(
-        ImageTransform, v2.Compose([*_resize(image_input), *_crop(image_input), *_normalise(image_input)])
-    )
+    normalise = v2.Compose(_normalise(image_input))
+    return ImageTransform(EvalScale(image_input), tuple(_crop(image_input)), normalise)
 
 
 def build_train_transform(
-    augmentations: Sequence[AugmentationSpec], image_input: ImageInput
+    augmentations: Sequence[AugmentationSpec], image_input: ImageInput, *, shrink: bool = False
 ) -> ImageTransform:
     """Return PIL RGB -> float32 (3, H, W) with the image augmentations of the list in their order.
 
-    Without a random crop in the list the evaluation resize and crop come first. Call it inside `sample_rng`.
+    Without a random crop in the list the evaluation resize and crop come first. With `shrink`, where
+    `random_resized_crop` comes first, it is given an image no larger than its smallest crop needs (see `Shrink`).
     """
     image_specs = [each for each in augmentations if each.name in specs.IMAGE_AUGMENTATIONS]
-    has_crop = any(each.name in CROPS for each in image_specs)
-    steps: list[Step] = [] if has_crop else [*_resize(image_input), *_crop(image_input)]
+    steps: list[Step] = []
     for each in image_specs:
         if each.name not in ON_TENSORS:
             steps += BUILDERS[each.name](each, image_input)
@@ -53,7 +92,14 @@ def build_train_transform(
     for each in image_specs:
         if each.name in ON_TENSORS:
             steps += BUILDERS[each.name](each, image_input)
-    return cast(ImageTransform, v2.Compose(steps))
+    if not any(each.name in CROPS for each in image_specs):
+        return ImageTransform(EvalScale(image_input), tuple(_crop(image_input)), v2.Compose(steps))
+    scale: Scale | None = None
+    if isinstance(first := image_specs[0], specs.RandomResizedCrop) and shrink:
+        scale = Shrink(image_input, first)
+    elif isinstance(begin := steps[0], EvalScale):
+        scale, steps = begin, steps[1:]
+    return ImageTransform(scale, (), v2.Compose(steps))
 
 
 def denormalise(pixel_values: Tensor, image_input: ImageInput) -> Tensor:
@@ -70,15 +116,84 @@ def _scaled_size(image_input: ImageInput) -> tuple[int, int]:
     return height, width
 
 
-def _resize(image_input: ImageInput) -> list[Step]:
-    scaled, interpolation = _scaled_size(image_input), v2.InterpolationMode(image_input.interpolation)
-    if image_input.crop_mode == "squash":
-        return [v2.Resize(scaled, interpolation=interpolation)]
-    if image_input.crop_mode == "border":
-        return [_ResizeKeepingShape(scaled, interpolation, fit=max)]
-    if scaled[0] == scaled[1]:
-        return [v2.Resize(scaled[0], interpolation=interpolation)]
-    return [_ResizeKeepingShape(scaled, interpolation, fit=min)]
+class Scale(ABC):
+    """Brings an image to another size."""
+
+    image_input: ImageInput
+
+    @abstractmethod
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width that an image of this size gets."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the image in its other size."""
+        size = self.size(image.height, image.width)
+        interpolation = v2.InterpolationMode(self.image_input.interpolation)
+        return F.resize(image, list(size), interpolation=interpolation)
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides what comes out."""
+
+
+@dataclass(frozen=True)
+class EvalScale(Scale):
+    """The evaluation resize: `size / crop_pct`, of the shape that `crop_mode` says."""
+
+    image_input: ImageInput
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width that an image of this size gets."""
+        target, mode = _scaled_size(self.image_input), self.image_input.crop_mode
+        if mode == "squash":
+            return target
+        if mode != "border" and target[0] == target[1]:  # as torchvision rounds
+            short, long = min(height, width), max(height, width)
+            sides = target[0], int(target[0] * long / short)
+            return sides if height <= width else sides[::-1]
+        # as timm rounds (its ResizeKeepRatio): the long side is `target` for `border`, else the short one
+        fit = max if mode == "border" else min
+        ratio = fit(height / target[0], width / target[1])
+        return round(height / ratio), round(width / ratio)
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides what comes out, the crop that may follow included."""
+        return {"eval": asdict(self.image_input)}
+
+
+@dataclass(frozen=True)
+class Shrink(Scale):
+    """Down as far as the smallest random crop still has a pixel for each of the model's, where that halves the size."""
+
+    image_input: ImageInput
+    crop: specs.RandomResizedCrop
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width that an image of this size gets."""
+        (wanted_height, wanted_width), (narrow, wide) = self.image_input.size, self.crop.ratio
+        area = self.crop.scale[0] * height * width  # of the smallest crop
+        needed = (
+            wanted_height / math.sqrt(area / wide),
+            wanted_width / math.sqrt(area * narrow),
+            wanted_height / height,  # where no crop of that shape fits, it takes up a side
+            wanted_width / width,
+        )
+        share = max(needed)
+        return (height, width) if share**2 > 0.5 else (math.ceil(height * share), math.ceil(width * share))
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the image, or a smaller copy that knows how large it was."""
+        full_size = (image.height, image.width)
+        if self.size(*full_size) == full_size:
+            return image
+        smaller = super().__call__(image)
+        smaller.info[FULL_SIZE] = full_size
+        return smaller
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything that decides what comes out."""
+        known = self.image_input
+        return {"shrink": [known.size, known.interpolation, self.crop.scale[0], self.crop.ratio]}
 
 
 def _crop(image_input: ImageInput) -> list[Step]:
@@ -100,20 +215,6 @@ def _mean_colour(image_input: ImageInput) -> list[int]:
     return [round(255 * value) for value in image_input.mean]
 
 
-class _ResizeKeepingShape:
-    """Resize so that the short (fit=min) or long side (fit=max) takes up `size` (timm's ResizeKeepRatio)."""
-
-    def __init__(
-        self, size: tuple[int, int], interpolation: v2.InterpolationMode, fit: Callable[..., float]
-    ) -> None:
-        self.size, self.interpolation, self.fit = size, interpolation, fit
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        ratio = self.fit(image.height / self.size[0], image.width / self.size[1])
-        size = [round(image.height / ratio), round(image.width / ratio)]
-        return F.resize(image, size, interpolation=self.interpolation)
-
-
 class _PadTo:
     """Pad around the centre where a side is shorter than `size`."""
 
@@ -131,7 +232,26 @@ class _PadTo:
 
 def _random_resized_crop(spec: specs.RandomResizedCrop, image_input: ImageInput) -> list[Step]:
     interpolation = v2.InterpolationMode(image_input.interpolation)
-    return [v2.RandomResizedCrop(image_input.size, spec.scale, spec.ratio, interpolation=interpolation)]
+    return [_RandomResizedCrop(image_input.size, spec.scale, spec.ratio, interpolation=interpolation)]
+
+
+class _RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's; of a smaller copy it takes the part of the picture that it would take of the image."""
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        """Return the crop."""
+        if FULL_SIZE not in image.info:
+            return cast(Image.Image, super().forward(image))
+        height, width = image.info[FULL_SIZE]
+        drawn = self.make_params([torch.empty((3, height, width), device="meta")])
+        down, across = image.height / height, image.width / width
+        top, left = drawn["top"] * down, drawn["left"] * across
+        bottom, right = top + drawn["height"] * down, left + drawn["width"] * across
+        return image.resize(
+            (self.size[1], self.size[0]),
+            Image.Resampling[self.interpolation.name],
+            box=(left, top, min(right, image.width), min(bottom, image.height)),
+        )
 
 
 def _random_crop(spec: specs.RandomCrop, image_input: ImageInput) -> list[Step]:
@@ -139,7 +259,7 @@ def _random_crop(spec: specs.RandomCrop, image_input: ImageInput) -> list[Step]:
     padding = [round(width * spec.padding), round(height * spec.padding)]
     pad = [v2.Pad(padding, padding_mode="reflect")] if any(padding) else []
     crop = v2.RandomCrop((height, width), pad_if_needed=True, fill=_mean_colour(image_input))
-    return [*_resize(image_input), *pad, crop]
+    return [EvalScale(image_input), *pad, crop]
 
 
 def _filled(image_input: ImageInput) -> dict[str, Any]:

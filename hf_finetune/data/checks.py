@@ -65,6 +65,15 @@ def check_images(cells: Iterable[Any], *, full: bool) -> tuple[dict[int, str], l
     return problems, [result for result in results if isinstance(result, int)]
 
 
+def image_sizes(cells: Iterable[Any]) -> list[tuple[int, int]]:
+    """Return (height, width) of every image by its header, before it is turned upright; (0, 0) where that fails."""
+    cells, sizes = iter(cells), list[tuple[int, int]]()
+    with ThreadPoolExecutor(max_workers=min(8, 2 * (os.cpu_count() or 1))) as pool:
+        while chunk := list(islice(cells, 256)):
+            sizes += pool.map(_image_size, chunk)
+    return sizes
+
+
 def check_texts(columns: Iterable[list[Any]]) -> dict[int, str]:
     """Return {position: what is wrong} for texts that are missing or empty."""
     return {
@@ -108,6 +117,14 @@ def _check_image(cell: Any, full: bool) -> str | int:
             return int(min(image.size))
     except Exception as error:
         return f"the image cannot be decoded ({_reason(error)})"
+
+
+def _image_size(cell: Any) -> tuple[int, int]:
+    try:
+        with Image.open(_file(cell)) as image:
+            return image.height, image.width
+    except Exception:
+        return 0, 0  # whoever reads its pixels says what is wrong
 
 
 def _reason(error: Exception) -> str:

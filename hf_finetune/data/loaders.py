@@ -13,23 +13,26 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import count as count_from
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from datasets import Dataset as Rows
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_finetune.augment.batch import mixers
-from hf_finetune.augment.image import build_eval_transform, build_train_transform
+from hf_finetune.augment.image import ImageTransform, build_eval_transform, build_train_transform
 from hf_finetune.augment.presets import check_modality
 from hf_finetune.augment.rng import sample_generator, sample_rng
 from hf_finetune.augment.spec import AugmentationSpec
 from hf_finetune.augment.text import change_text
 from hf_finetune.data.columns import column_values
 from hf_finetune.data.labels import Labels
+from hf_finetune.data.order import cut_by_tokens, share_by_tokens
 from hf_finetune.data.order import epoch_batches as epoch_batches
 from hf_finetune.data.order import share as share
 from hf_finetune.data.tokens import Tokens, encode
@@ -60,6 +63,8 @@ class EvalSet(Dataset):
     ) -> None:
         self.rows, self.labels, self.input = rows, labels, model_input
         self.tokens: Tokens | None = None
+        self.transform: ImageTransform | None = None
+        """For images."""
         if isinstance(model_input, ImageInput):
             self.transform = build_eval_transform(model_input)
         else:
@@ -67,6 +72,8 @@ class EvalSet(Dataset):
             self.tokens = Tokens(texts, model_input, max_length)
         self.targets = targets_of(rows, labels)
         self.features: Features | None = None
+        self.decoded: Callable[[int], Image.Image] | None = None
+        """What `transform.fixed` makes of a row's image, from where it is kept."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,7 +98,18 @@ class EvalSet(Dataset):
         stored = self.features(index) if self.features else {}
         if self.tokens is not None:
             return self.tokens[index] | stored
-        return stored or {"pixel_values": self.transform(self.rows[index]["image"])}
+        return stored or self.pixels(index)
+
+    def fixed(self, index: int) -> Image.Image:
+        """Return a row's image as far as every view of it is the same."""
+        assert self.transform is not None, "texts have no image"
+        return self.transform.fixed(self.rows[index]["image"])
+
+    def pixels(self, index: int) -> Sample:
+        """Return the model's inputs for the image of a row."""
+        assert self.transform is not None, "texts have no image"
+        image = self.decoded(index) if self.decoded else self.fixed(index)
+        return {"pixel_values": self.transform.rest(image)}
 
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index, self.inputs(index))
@@ -118,6 +136,7 @@ class TrainSet(EvalSet):
         *,
         seed: int = 0,
         max_length: MaxLength = "auto",
+        shrink: bool = False,
     ) -> None:
         check_modality(augmentations, "image" if isinstance(model_input, ImageInput) else "text")
         super().__init__(rows, labels, model_input, max_length=max_length)
@@ -125,7 +144,7 @@ class TrainSet(EvalSet):
         self.views: int | None = None
         """Views of each row that `features` holds."""
         if isinstance(model_input, ImageInput):
-            self.transform = build_train_transform(self.augmentations, model_input)
+            self.transform = build_train_transform(self.augmentations, model_input, shrink=shrink)
 
     def unchanged(self) -> TrainSet:
         """Return the same rows as the model is measured on them: without augmentation."""
@@ -151,9 +170,8 @@ class TrainSet(EvalSet):
     def read(self, epoch: int, index: int) -> Sample:
         """Return a view of a row itself, whatever `features` holds."""
         if self.tokens is None:
-            image = self.rows[index]["image"]
             with sample_rng(self.seed, epoch, index):
-                return {"pixel_values": self.transform(image)}
+                return self.pixels(index)
         if not self.augmentations:
             return self.tokens[index]
         changed = [[text] for text in self.words(epoch, index)]
@@ -202,10 +220,16 @@ class TrainBatches(Sampler):
     """This process's micro-batches of an epoch; set `epoch` and `start` (batches to pass over) first."""
 
     def __init__(
-        self, dataset: TrainSet, batch_size: int, micro_batch_size: int, rank: int, world: int
+        self,
+        dataset: TrainSet,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world: int,
+        tokens: int | None = None,
     ) -> None:
         self.dataset, self.batch_size, self.micro_batch_size = dataset, batch_size, micro_batch_size
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.tokens = rank, world, tokens
         self.pairs = bool(mixers(dataset.augmentations))
         self.epoch, self.start = 0, 0
 
@@ -213,8 +237,12 @@ class TrainBatches(Sampler):
         """Yield for each global batch from `start` on its size and this process's micro-batches."""
         data = self.dataset
         batches = epoch_batches(len(data), self.batch_size, data.seed, self.epoch, data.lengths)
+        place = self.rank, self.world, self.micro_batch_size
         for batch in batches[self.start :]:
-            yield len(batch), share(batch, self.rank, self.world, self.micro_batch_size, self.pairs)
+            if self.tokens is None or data.lengths is None:
+                yield len(batch), share(batch, *place, self.pairs)
+            else:
+                yield len(batch), share_by_tokens(batch, *place, data.lengths, self.tokens)
 
     def __iter__(self) -> Iterator[list[Key]]:
         # The key carries the epoch: workers that live on from an earlier epoch have no other way to know it.
@@ -231,6 +259,7 @@ def train_loader(
     *,
     batch_size: int,
     micro_batch_size: int | None = None,
+    micro_batch_tokens: int | None = None,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
@@ -239,9 +268,10 @@ def train_loader(
     """Return the one loader of a run, to be read through `iterate_batches`.
 
     `batch_size` counts samples per optimizer step over all processes, `micro_batch_size` those of one forward
-    pass of this process (None = its whole share).
+    pass of this process (None = its whole share), `micro_batch_tokens` the tokens of its texts, padding included.
     """
-    batches = TrainBatches(dataset, batch_size, micro_batch_size or -(-batch_size // world), rank, world)
+    micro_batch_size = micro_batch_size or -(-batch_size // world)
+    batches = TrainBatches(dataset, batch_size, micro_batch_size, rank, world, micro_batch_tokens)
     return DataLoader(dataset, batch_sampler=batches, **_options(dataset, workers, pin_memory))
 
 
@@ -251,19 +281,45 @@ def iterate_batches(loader: DataLoader, epoch: int, start: int = 0) -> Iterator[
     A micro-batch also carries `"batch_size"`, the size of the global batch: what a sum over samples is
     divided by.
     """
-    batches = loader.batch_sampler
-    assert isinstance(batches, TrainBatches), "iterate_batches reads what train_loader returns"
-    batches.epoch, batches.start = epoch, start
-    counts = [(size, len(micro_batches)) for size, micro_batches in batches.micro_batches()]
-    stream = iter(loader)
+    counts, stream = _begin(loader, epoch, start)
     for size, count in counts:
         yield [{**next(stream), "batch_size": size} for _ in range(count)]
+
+
+def iterate_epochs(loader: DataLoader, epoch: int, start: int, steps: int) -> Iterator[list[Batch]]:
+    """Yield what `iterate_batches` yields, epoch after epoch, up to the end of the one in which `steps` are reached.
+
+    Workers begin with an epoch as soon as the last batch of the one before is out: they work on while that is trained
+    on and while the model is measured.
+    """
+    counts, stream = _begin(loader, epoch, start)
+    for following in count_from(epoch + 1):
+        steps -= len(counts)
+        size, count = counts.pop()
+        for earlier, micro_batches in counts:
+            yield [{**next(stream), "batch_size": earlier} for _ in range(micro_batches)]
+        last = [{**next(stream), "batch_size": size} for _ in range(count)]
+        if steps <= 0:
+            yield last
+            return
+        counts, stream = _begin(loader, following, 0)
+        yield last
+
+
+def _begin(loader: DataLoader, epoch: int, start: int) -> tuple[list[tuple[int, int]], Iterator[Batch]]:
+    """Let workers begin with an epoch; return the size and the micro-batches of each batch, and their stream."""
+    batches = loader.batch_sampler
+    assert isinstance(batches, TrainBatches), "only what train_loader returns knows epochs"
+    batches.epoch, batches.start = epoch, start
+    counts = [(size, len(micro_batches)) for size, micro_batches in batches.micro_batches()]
+    return counts, iter(loader)
 
 
 def eval_loader(
     dataset: EvalSet,
     *,
     batch_size: int,
+    tokens: int | None = None,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
@@ -271,15 +327,35 @@ def eval_loader(
 ) -> DataLoader:
     """Return the loader of this process's own slice of a split: over all processes every sample once.
 
-    Texts come sorted by length, so go by `indices`. With fewer samples than processes one may get no batch.
+    Texts come sorted by length, so go by `indices`; with `tokens` a batch holds as many as have so many tokens,
+    padding included, instead of `batch_size`. With fewer samples than processes one may get no batch.
     """
     mine = np.arange(len(dataset) * rank // world, len(dataset) * (rank + 1) // world)
-    if dataset.lengths is not None:
-        mine = mine[
-            np.argsort(-dataset.lengths[mine], kind="stable")
-        ]  # longest first: memory runs out early or never
-    batches = [mine[start : start + batch_size].tolist() for start in range(0, len(mine), batch_size)]
+    batches = eval_batches(mine, dataset.lengths, batch_size, tokens)
     return DataLoader(dataset, batch_sampler=batches, **_options(dataset, workers, pin_memory))
+
+
+def eval_batches(
+    indices: np.ndarray, lengths: np.ndarray | None, batch_size: int, tokens: int | None = None
+) -> list[list[int]]:
+    """Return batches of `batch_size` samples, of texts with `tokens` of as many as that holds, longest first."""
+    if lengths is not None:  # longest first: memory runs out early or never
+        indices = indices[np.argsort(-lengths[indices], kind="stable")]
+    if lengths is not None and tokens is not None:
+        return cut_by_tokens(indices.tolist(), lengths, tokens)
+    return [indices[at : at + batch_size].tolist() for at in range(0, len(indices), batch_size)]
+
+
+def eval_tokens(
+    lengths: np.ndarray | None, batch_size: int, device: torch.device, asked: int | None = None
+) -> int | None:
+    """Return the tokens of a batch that is only measured: as asked, else what `batch_size` of the longest texts take.
+
+    So memory is no issue, and short texts fill an accelerator as long ones do. A CPU is no faster for it: None there.
+    """
+    if lengths is None or (asked is None and device.type == "cpu"):
+        return None
+    return asked or batch_size * int(lengths.max())
 
 
 def loader_over(dataset: EvalSet, batches: Sequence[list[Any]], *, workers: int) -> DataLoader:

@@ -5,7 +5,7 @@ A run that resumes, or moves to another number of processes, sees the batches it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 
 import numpy as np
@@ -58,6 +58,40 @@ def share(
     chunks = [list(chain.from_iterable(mine[start:stop])) for start, stop in pairwise(cuts)]
     smallest = 2 if micro_batch_size > 1 or pairs else 1
     return [_filled(chunk, smallest, spare=batch[0]) for chunk in chunks]
+
+
+def cut_by_tokens(indices: Sequence[int], lengths: np.ndarray, tokens: int) -> list[list[int]]:
+    """Cut samples, in their order, into runs of at most `tokens` tokens, padding included; a longer one is alone."""
+    runs: list[list[int]] = []
+    longest = 0
+    for index in indices:
+        longest = max(longest, int(lengths[index]))
+        if not runs or (len(runs[-1]) + 1) * longest > tokens:
+            runs.append([])
+            longest = int(lengths[index])
+        runs[-1].append(index)
+    return runs
+
+
+def share_by_tokens(
+    batch: Sequence[int], rank: int, world: int, micro_batch_size: int, lengths: np.ndarray, tokens: int
+) -> list[tuple[list[int], list[float]]]:
+    """Return what `share` does for texts, each micro-batch cut further to at most `tokens` tokens, padding included.
+
+    All processes get the same number of micro-batches here too: a process with shorter texts is given its batch's
+    shortest one again, at weight 0.
+    """
+
+    def cut(rank: int) -> Iterator[tuple[list[int], list[float]]]:
+        for indices, weights in share(batch, rank, world, micro_batch_size):
+            real = [index for index, weight in zip(indices, weights, strict=True) if weight]
+            for run in cut_by_tokens(real, lengths, tokens):
+                room = 2 * int(lengths[run[0]]) <= tokens
+                yield _filled(run, min(len(indices), 2) if room else 1, spare=run[0])
+
+    shares = [list(cut(each)) for each in range(world)]
+    missing = max(map(len, shares)) - len(shares[rank])
+    return shares[rank] + [([min(batch, key=lambda index: int(lengths[index]))], [0.0])] * missing
 
 
 def _filled(chunk: list[int], smallest: int, spare: int) -> tuple[list[int], list[float]]:

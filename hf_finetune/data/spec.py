@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hf_finetune.spec import Auto, Spec
+from hf_finetune.spec import Auto, Size, SizeField, Spec
 
 LabelKind = Literal["single", "multi", "regression"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -50,5 +50,11 @@ class DataSpec(Spec):
     """Tokens kept of a text; auto = what the backbone takes, at most 512."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do about a row that cannot be used: name it and stop, or skip and count it."""
+    cache: Literal["decoded"] | None = None
+    """`decoded` keeps every image on disk as pixels, as far as all its views are the same, for this run and later
+    ones. What is measured is the same to the bit; of images much larger than `random_resized_crop` needs, training
+    sees crops of a smaller copy."""
+    cache_budget: SizeField = Size(50 * 10**9)
+    """Disk space that the decoded images of one split may take."""
     workers: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Processes that load data, per training process; auto = none for text, for images by the cores free."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,14 +14,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from hf_finetune.data.loaders import EvalSet, TrainSet, collate, loader_over
+from hf_finetune.data.loaders import EvalSet, TrainSet, collate, eval_batches, eval_tokens, loader_over
 from hf_finetune.evaluation import to_device
 from hf_finetune.features.cut import Cut, Inputs, capture
 from hf_finetune.features.disk import discard, features_folder, remove
 from hf_finetune.features.store import Column, Stored, StoreError, Writer, bytes_of, key_of, open_features
 
 BATCH = 32
-"""Samples that run through the prefix together: always the same ones, so that features are the same to the bit."""
+"""Samples that run through the prefix together, on an accelerator more of short texts: always the same ones, so that
+features are the same to the bit."""
 CHECKED = 8
 """Stored rows that are computed anew and compared when features are found on disk."""
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -71,8 +72,40 @@ class Want:
         return self.tokenizer is not None and self.tokenizer.padding_side == "left"
 
 
+class Storable(Protocol):
+    """What is to be kept: its key, what that was made of, and its form on disk."""
+
+    @property
+    def key(self) -> str: ...  # noqa: D102
+    @property
+    def parts(self) -> dict[str, Any]: ...  # noqa: D102
+    @property
+    def columns(self) -> dict[str, Column]: ...  # noqa: D102
+    @property
+    def ends(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def rows(self) -> int: ...  # noqa: D102
+
+
 def find(want: Want, model: nn.Module, accelerator: Accelerator, say: Callable[[str], None]) -> Stored | None:
     """Return features from disk if they are there and are what the model computes; else None, in every process.
+
+    Raises:
+        StoreError: wrong ones stand in the way.
+    """
+    return find_kept(
+        want, lambda stored: _holds(want, stored, model, accelerator), accelerator, say, "features"
+    )
+
+
+def find_kept(
+    want: Storable,
+    holds: Callable[[Stored], bool],
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+    what: str,
+) -> Stored | None:
+    """Return what is on disk under a key if the main process finds that it `holds`; else None, in every process.
 
     Raises:
         StoreError: wrong ones stand in the way.
@@ -80,14 +113,14 @@ def find(want: Want, model: nn.Module, accelerator: Accelerator, say: Callable[[
     stored, reason = None, None
     try:
         stored = open_features(want.key)
-        if stored and accelerator.is_main_process and not _holds(want, stored, model, accelerator):
-            reason = "they are not what the layers compute"
+        if stored and accelerator.is_main_process and not holds(stored):
+            reason = "they are not what is computed now"
     except StoreError as error:
         reason = str(error)
     reasons = [each for each in _gathered(reason, accelerator) if each]
     present = all(_gathered(stored is not None, accelerator))
     if reasons:
-        say(f"features: those on disk are computed anew: {reasons[0]}")
+        say(f"{what}: those on disk are computed anew: {reasons[0]}")
 
         def go() -> None:
             if accelerator.is_main_process and not discard(want.key):
@@ -110,6 +143,29 @@ def compute(
     Raises:
         StoreError: they cannot be written; nothing is left behind.
     """
+    share = accelerator.device, accelerator.process_index, accelerator.num_processes
+    batches = (
+        (rows, run_prefix(wants, batch, model, accelerator))
+        for rows, batch in _batches(wants[0], *share, workers)
+    )
+    return keep(wants, batches, accelerator, on_batch=on_batch, pad_left=wants[0].pads_left)
+
+
+def keep(
+    wants: Sequence[Storable],
+    batches: Iterable[tuple[list[int], list[Inputs]]],
+    accelerator: Accelerator,
+    *,
+    on_batch: Callable[[], None],
+    pad_left: bool = False,
+) -> Stored:
+    """Write this process's batches, (rows, what each want keeps of them), while the others write theirs.
+
+    Returns the first want's rows, those of all processes.
+
+    Raises:
+        StoreError: they cannot be written; nothing is left behind.
+    """
     folders: list[Path] = []
 
     def reserve() -> None:
@@ -123,10 +179,9 @@ def compute(
         if accelerator.num_processes > 1:
             broadcast_object_list(shared)
         writers.extend(Writer(f, w.columns, w.ends, w.rows) for f, w in zip(shared[0], wants, strict=True))
-        shares = accelerator.process_index, accelerator.num_processes
-        for rows, batch in _batches(wants[0], *shares, workers):
-            for writer, features in zip(writers, run_prefix(wants, batch, model, accelerator), strict=True):
-                writer.write(rows, features, pad_left=wants[0].pads_left)
+        for rows, batch in batches:
+            for writer, features in zip(writers, batch, strict=True):
+                writer.write(rows, features, pad_left=pad_left)
             on_batch()
         for writer in writers:
             writer.close()
@@ -170,7 +225,7 @@ def hold(
         for name, column in want.columns.items()
     }
     held = Stored(Path(), want.columns, tensors, want.ends)
-    for rows, batch in _batches(want, 0, 1, workers):
+    for rows, batch in _batches(want, accelerator.device, 0, 1, workers):
         computed = run_prefix([want], batch, model, accelerator)[0]
         for name, column in want.columns.items():
             for row, values in zip(rows, computed[name].cpu(), strict=True):
@@ -196,13 +251,13 @@ def _gathered(value: Any, accelerator: Accelerator) -> list[Any]:
     return list(gather_object([value])) if accelerator.num_processes > 1 else [value]
 
 
-def _batches(want: Want, rank: int, world: int, workers: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
+def _batches(
+    want: Want, device: torch.device, rank: int, world: int, workers: int
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Yield a process's batches of a split as (rows, batch); texts of like length together."""
-    order = np.arange(want.rows)
-    if len(want.ends):
-        order = np.argsort(-np.diff(want.ends, prepend=0), kind="stable")
-    batches = [order[start : start + BATCH].tolist() for start in range(0, want.rows, BATCH)]
-    mine = batches[rank::world]
+    lengths = np.diff(want.ends, prepend=0) if len(want.ends) else None
+    tokens = eval_tokens(lengths, BATCH, device)
+    mine = eval_batches(np.arange(want.rows), lengths, BATCH, tokens)[rank::world]
     keys = [[want.sample_key(row) for row in batch] for batch in mine]
     yield from zip(mine, loader_over(want.data, keys, workers=workers), strict=True)
 

@@ -1,4 +1,4 @@
-"""The folder of features as people see it: what is kept, what can go. Loads nothing heavy."""
+"""The folder of features and decoded images as people see it: what is kept, what can go. Loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -42,8 +42,12 @@ class Kept:
 
     @property
     def what(self) -> str:
-        """Where the layers were cut, and in which number format they computed."""
-        return f"up to {self.parts['cut'][0]}, {self.parts['precision']}" if self.parts else "damaged"
+        """Where the layers were cut and in which number format they computed, or that it is images."""
+        if not self.parts:
+            return "damaged"
+        if "cut" not in self.parts:
+            return "decoded images"
+        return f"up to {self.parts['cut'][0]}, {self.parts['precision']}"
 
 
 def kept() -> list[Kept]:

@@ -22,6 +22,7 @@ from hf_finetune.errors import TrainingError
 from hf_finetune.evaluation import to_device
 from hf_finetune.features.compute import Want, compute, find, hold
 from hf_finetune.features.cut import Cut, Inputs
+from hf_finetune.features.decoded import Decoding, decode, survey
 from hf_finetune.features.keys import architecture_digest, rows_digest, view_of
 from hf_finetune.features.plan import Plan, column_of, within_budget
 from hf_finetune.features.spec import CacheSpec
@@ -31,8 +32,10 @@ from hf_finetune.freeze import sleeping_modules
 from hf_finetune.models.load import forward, module_groups
 from hf_finetune.parallel import gathered, tensors_of
 from hf_finetune.runfolder import versions
-from hf_finetune.setup import Setup, build_loaders, build_sets
+from hf_finetune.setup import Setup, build_loaders, build_sets, cores_per_process
+from hf_finetune.spec import Size
 from hf_finetune.timeline import phase_end
+from hf_finetune.together import together
 
 SHAPING_PACKAGES = ("torch", "torchvision", "timm", "transformers", "peft", "pillow", "hf-finetune")
 """Packages whose other version may compute other features."""
@@ -65,6 +68,8 @@ class Feed:
         self.plain = Source(*build_loaders(setup, accelerator, (self.train, self.validation)), forward)
         self._cuts: dict[int, Cut | NoCutError] = {}
         self._digests: dict[tuple[int, int], tuple[str, np.ndarray]] = {}
+        self._decoded: dict[str, str] = {}
+        """Split -> what became of its images under `data.cache: decoded`."""
 
     def enter(
         self,
@@ -131,6 +136,12 @@ class Feed:
         note = str(plan)
         if "" not in plan.why_not or self._depth(phase) > 1:
             say(f"frozen layers: {note}")
+        if self.setup.recipe.data.cache == "decoded":
+            for split in (each for each in ("train", "validation") if each not in found):
+                if split not in self._decoded:
+                    self._decoded[split] = self._decode(split, say, lambda: on_batch("decoding images"))
+                    say(f"images: {self._decoded[split]}")
+                note += f"; {self._decoded[split]}"
         if not found:
             return replace(self.plain, note=note)
         train, validation = copy.copy(self.train), copy.copy(self.validation)
@@ -188,6 +199,25 @@ class Feed:
         else:
             plan.wants["validation"] = self._want("validation", cut, 1, still, spec, self.validation)
         return within_budget(plan, spec)
+
+    def decoding(self, split: str) -> Decoding:
+        """Return what `data.cache: decoded` keeps of a split; every process calls this."""
+        data = self.train if split == "train" else self.validation
+        return Decoding(data, split, *together(lambda: survey(data), main_only=True))
+
+    def _decode(self, split: str, say: Callable[[str], None], on_batch: Callable[[], None]) -> str:
+        """Let a split read its images from where they are kept, decoded; return what is kept, or why none is."""
+        wanted, spec = self.decoding(split), self.setup.recipe.data
+        if wanted.size > spec.cache_budget.bytes:
+            return f"{split} not kept decoded: {Size(wanted.size)} exceed `data.cache_budget` ({spec.cache_budget})"
+        data = wanted.data
+        wanted = replace(wanted, digest=together(lambda: rows_digest(data, 1)[0], main_only=True))
+        threads = cores_per_process(self.accelerator.num_processes)
+        try:
+            data.decoded = decode(wanted, self.accelerator, threads=threads, say=say, on_batch=on_batch)
+        except StoreError as error:
+            return f"{split} not kept decoded: {error}"
+        return str(wanted)
 
     def starts_pass(self, phase: int) -> bool:
         """Return whether a phase is the first of those whose features one pass computes."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from hf_finetune.augment.image import Shrink
 from hf_finetune.data.columns import image_cells
 from hf_finetune.data.loaders import EvalSet, TrainSet
 
@@ -53,6 +54,8 @@ def view_of(data: EvalSet, views: int, seed: int) -> dict[str, Any]:
         return {"pad": tokenizer.pad_token_id, "side": tokenizer.padding_side}
     augmentations = data.augmentations if isinstance(data, TrainSet) else []
     shown: dict[str, Any] = {"input": asdict(data.input)}
+    if data.transform and isinstance(data.transform.scale, Shrink):
+        shown |= data.transform.scale.describe()
     if augmentations:
         shown |= {
             "augment": [each.model_dump(mode="json") for each in augmentations],

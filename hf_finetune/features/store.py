@@ -1,4 +1,4 @@
-"""Features on disk: one folder for each key, written aside and renamed, mapped into memory when read.
+"""Features and decoded images on disk: a folder for each key, written aside and renamed, mapped into memory when read.
 
 Beside the tensors, one file each, lies `manifest.json`: what the key was made of, sizes and hashes. It is written last.
 """
@@ -29,7 +29,8 @@ HASHED = 2 * 10**9
 SPARE = 10**9
 """Bytes that stay free on the disk."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_STORED = {**DTYPES, "uint8": torch.uint8, "int32": torch.int32}
+_NAMES = {dtype: name for name, dtype in _STORED.items()}
 
 
 class StoreError(Exception):
@@ -81,6 +82,10 @@ class Stored:
                 found[name] = self.tensors[name][row]
         return found
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send where the features lie to a worker that is not forked, not the features."""
+        return _remapped, (self.folder, self.columns, self.ends)
+
 
 def open_features(key: str) -> Stored | None:
     """Return the features under a key; None where there are none.
@@ -106,19 +111,26 @@ def open_features(key: str) -> Stored | None:
 def _mapped(folder: Path, manifest: dict[str, Any]) -> Stored:
     if manifest["format"] != FORMAT:
         raise StoreError(f"{folder}: of another version")
-    columns, tensors = {}, {}
+    columns = {}
     for number, (name, about) in enumerate(manifest["columns"].items()):
-        column = Column(tuple(about["shape"]), DTYPES[about["dtype"]], about["ragged"])
-        path, size = folder / f"{number}.bin", about["bytes"]
-        if path.stat().st_size != size or (about["hash"] and _hash(path) != about["hash"]):
+        columns[name] = Column(tuple(about["shape"]), _STORED[about["dtype"]], about["ragged"])
+        path = folder / f"{number}.bin"
+        if path.stat().st_size != about["bytes"] or (about["hash"] and _hash(path) != about["hash"]):
             raise StoreError(f"{folder}: {path.name} is damaged")
-        flat = torch.from_file(
-            str(path), shared=False, size=size // column.dtype.itemsize, dtype=column.dtype
-        )
-        columns[name], tensors[name] = column, flat.view(-1, *column.shape)
     ends = np.load(folder / "ends.npy") if manifest["has_ends"] else np.zeros(0, np.int64)
     with suppress(OSError):
         os.utime(folder / MANIFEST)  # what was used last is pruned last
+    return _remapped(folder, columns, ends)
+
+
+def _remapped(folder: Path, columns: dict[str, Column], ends: np.ndarray) -> Stored:
+    """Map files that are known to be right."""
+    tensors = {}
+    for number, (name, column) in enumerate(columns.items()):
+        path = folder / f"{number}.bin"
+        entries = path.stat().st_size // column.dtype.itemsize
+        flat = torch.from_file(str(path), shared=False, size=entries, dtype=column.dtype)
+        tensors[name] = flat.view(-1, *column.shape)
     return Stored(folder, columns, tensors, ends)
 
 
@@ -171,7 +183,8 @@ class Writer:
         for file, (name, column) in zip(self._files, self.columns.items(), strict=True):
             batch = features[name].detach().to("cpu")
             converted = batch.to(column.dtype)
-            if not torch.isfinite(converted).all() and torch.isfinite(batch).all():
+            whole = not column.dtype.is_floating_point
+            if not whole and not torch.isfinite(converted).all() and torch.isfinite(batch).all():
                 raise StoreError(f"{_NAMES[column.dtype]} is too small for its values")
             for row, values in zip(rows, converted, strict=True):
                 start = row
