@@ -20,6 +20,7 @@ from hf_finetune.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
+from hf_finetune.data.streams import Stream
 from hf_finetune.errors import UserError
 from hf_finetune.monitor import Watch
 from hf_finetune.runfolder import CHECKPOINTS, RunFolder
@@ -100,6 +101,7 @@ def _store(
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "rows": RunFolder(run).sync_metrics(),
         "total_steps": setup.timeline.total_steps,
+        "stream": setup.splits.train.mark_at(at.step) if isinstance(setup.splits.train, Stream) else None,
     }
     save_checkpoint(run / CHECKPOINTS, at.step, parts, state, keep=keep)
 
@@ -128,6 +130,8 @@ def restore(
     for name, value in state["position"].items():
         setattr(at, name, value)
     watch.load(state["watch"])
+    if isinstance(setup.splits.train, Stream) and state.get("stream"):
+        setup.splits.train.resume(state["stream"])
     restore_model(model, checkpoint.tensors("model"))
     unpack_optimizer(optimizer.optimizer, _names(setup), checkpoint.tensors("optimizer"), state["optimizer"])
     if ema:

@@ -22,6 +22,8 @@ from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, AugmentationSpec
 from hf_finetune.compilation import resolve_compile
 from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, train_loader
 from hf_finetune.data.splits import Splits, load_splits
+from hf_finetune.data.stream_loader import StreamSet
+from hf_finetune.data.streams import Stream
 from hf_finetune.data.targets import class_weights
 from hf_finetune.defaults import Choice, resolve
 from hf_finetune.errors import RecipeError, UserError
@@ -108,7 +110,8 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     _check_trackers(recipe)
     choices: list[Choice] = []
     seed = recipe.training.seed
-    splits = load_splits(recipe.data, seed=seed, task=recipe.task)
+    steps, size = recipe.training.steps, recipe.training.batch_size
+    splits = load_splits(recipe.data, seed=seed, task=recipe.task, samples=steps and steps * size)
     task = next(name for name, task in TASKS.items() if task.modality == splits.modality)
     if recipe.task == "auto":
         choices.append(Choice("task", task, f"the data holds {splits.modality}s"))
@@ -266,7 +269,7 @@ def build_sets(setup: Setup) -> tuple[TrainSet, EvalSet]:
     """Return train and validation as the model reads them."""
     recipe, splits, model_input = setup.recipe, setup.splits, setup.backbone.input
     max_length = recipe.data.max_length
-    train = TrainSet(
+    train = (StreamSet if isinstance(splits.train, Stream) else TrainSet)(
         splits.train,
         splits.labels,
         model_input,
@@ -307,7 +310,7 @@ def worker_count(
     ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, ours // world_size)
     if modality == "text":
-        return 0, "texts are tokenised in advance"
+        return 0, "texts are tokenised faster than they are handed over"
     if rows <= SMALL_IMAGE_SET:
         return 0, f"{rows} images load faster than workers start"
     if device.type == "cpu":

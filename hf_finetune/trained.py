@@ -140,7 +140,14 @@ def rows_of(place: str, trained: Trained, options: Sequence[str], *, labelled: b
         if split not in {"train", "validation"} and not (split == "test" and spec.test is not None):
             rows = load_split(spec, split, labels, seed=seed, task=task, labelled=labelled)
             return Found(rows, spec.path, split, own=True)
-        splits = load_splits(spec, seed=seed, task=task)
+        if spec.streaming and split == "test":
+            rows = load_split(spec, str(spec.test), labels, seed=seed, task=task, labelled=labelled)
+            return Found(rows, spec.path, split, own=True)
+        if spec.streaming and split == "train":
+            raise UserError(
+                "split=train: it is a stream without an end. Measure another split, or give data=PATH."
+            )
+        splits = load_splits(spec, seed=seed, task=task, samples=1)
     except DataError as error:
         if trained.recorded is not None:
             raise

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -69,6 +71,11 @@ class EvalSet(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """What pads the samples; None for images."""
+        return self.input.tokenizer if isinstance(self.input, TextInput) else None
 
     @property
     def lengths(self) -> np.ndarray | None:
@@ -129,6 +136,14 @@ class TrainSet(EvalSet):
     def __getitem__(self, key: Any) -> Sample:
         epoch, index, weight = (*key, 1.0)[:3]
         return self.sample(index, self.view(epoch, index), weight)
+
+    def batches(self, *sizes: int) -> TrainBatches:
+        """Return the batches of this set; arguments as for `TrainBatches`."""
+        return TrainBatches(self, *sizes)
+
+    def shown(self) -> TrainSet:
+        """Return a set whose rows can be looked at in any order."""
+        return self
 
     def view(self, epoch: int, index: int) -> Sample:
         """Return the model's inputs for one row as this epoch shows it."""
@@ -199,19 +214,27 @@ class TrainBatches(Sampler):
         self.rank, self.world = rank, world
         self.pairs = bool(mixers(dataset.augmentations))
         self.epoch, self.start = 0, 0
+        self.planned: deque[tuple[int, int]] = deque()
+        """(size, micro-batches) of the global batches the loader has asked for and `iterate_batches` not yet."""
 
-    def micro_batches(self) -> Iterator[tuple[int, list[tuple[list[int], list[float]]]]]:
+    def micro_batches(self) -> Iterator[tuple[int, list[tuple[list[Any], list[float]]]]]:
         """Yield for each global batch from `start` on its size and this process's micro-batches."""
         data = self.dataset
         batches = epoch_batches(len(data), self.batch_size, data.seed, self.epoch, data.lengths)
         for batch in batches[self.start :]:
             yield len(batch), share(batch, self.rank, self.world, self.micro_batch_size, self.pairs)
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         # The key carries the epoch: workers that live on from an earlier epoch have no other way to know it.
-        for _, micro_batches in self.micro_batches():
-            for indices, weights in micro_batches:
-                yield [(self.epoch, index, weight) for index, weight in zip(indices, weights, strict=True)]
+        self.planned.clear()
+        for size, micro_batches in self.micro_batches():
+            self.planned.append((size, len(micro_batches)))
+            for samples, weights in micro_batches:
+                yield self.keys(samples, weights)
+
+    def keys(self, samples: list[Any], weights: list[float]) -> list[Any]:
+        """Return what the set is asked for: (epoch, index, weight)."""
+        return [(self.epoch, index, weight) for index, weight in zip(samples, weights, strict=True)]
 
     def __len__(self) -> int:
         return sum(len(micro_batches) for _, micro_batches in self.micro_batches())
@@ -232,7 +255,7 @@ def train_loader(
     `batch_size` counts samples per optimizer step over all processes, `micro_batch_size` those of one forward
     pass of this process (None = its whole share).
     """
-    batches = TrainBatches(dataset, batch_size, micro_batch_size or -(-batch_size // world), rank, world)
+    batches = dataset.batches(batch_size, micro_batch_size or -(-batch_size // world), rank, world)
     return DataLoader(dataset, batch_sampler=batches, **_options(dataset, workers, pin_memory))
 
 
@@ -245,10 +268,10 @@ def iterate_batches(loader: DataLoader, epoch: int, start: int = 0) -> Iterator[
     batches = loader.batch_sampler
     assert isinstance(batches, TrainBatches), "iterate_batches reads what train_loader returns"
     batches.epoch, batches.start = epoch, start
-    counts = [(size, len(micro_batches)) for size, micro_batches in batches.micro_batches()]
     stream = iter(loader)
-    for size, count in counts:
-        yield [{**next(stream), "batch_size": size} for _ in range(count)]
+    while (first := next(stream, None)) is not None:
+        size, count = batches.planned.popleft()
+        yield [{**batch, "batch_size": size} for batch in (first, *islice(stream, count - 1))]
 
 
 def eval_loader(
@@ -282,9 +305,7 @@ def loader_over(dataset: EvalSet, batches: Sequence[list[Any]], *, workers: int)
 
 def _options(dataset: EvalSet, workers: int, pin_memory: bool) -> dict[str, Any]:
     return {
-        "collate_fn": partial(
-            collate, tokenizer=None if dataset.tokens is None else dataset.tokens.tokenizer
-        ),
+        "collate_fn": partial(collate, tokenizer=dataset.tokenizer),
         "num_workers": workers,
         "persistent_workers": workers > 0,
         # an iterator draws a seed for its workers: from here, so that reading data leaves torch's own generator alone

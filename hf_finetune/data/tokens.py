@@ -27,7 +27,7 @@ class Tokens:
         max_length: int | Literal["auto"] = "auto",
     ) -> None:
         self.tokenizer = text_input.tokenizer
-        self.max_length = min(text_input.max_length, MAX_LENGTH if max_length == "auto" else max_length)
+        self.max_length = kept_length(text_input, max_length)
         parts: dict[str, list[np.ndarray]] = {}
         lengths: list[int] = []
         cut = 0
@@ -53,6 +53,11 @@ class Tokens:
         return {
             name: column[stop - self.lengths[index] : stop].tolist() for name, column in self._columns.items()
         }
+
+
+def kept_length(text_input: TextInput, max_length: int | Literal["auto"]) -> int:
+    """Return how many tokens of a text are kept."""
+    return min(text_input.max_length, MAX_LENGTH if max_length == "auto" else max_length)
 
 
 def encode(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hf_finetune.data.loaders import collate
+from hf_finetune.data.streams import Stream
 from hf_finetune.evaluation import to_device
 from hf_finetune.features.compute import Want, compute, find
 from hf_finetune.features.cut import Cut, Inputs
@@ -122,7 +123,9 @@ class Feed:
         spec = _spec(setup)
         plan, (epochs, evaluations) = Plan(), self._reads(phase)
         views = (spec.views or 0) if setup.augmentations else 1
-        if setup.mixes:
+        if isinstance(setup.splits.train, Stream):
+            plan.why_not["train"] = "a stream may be larger than any disk"
+        elif setup.mixes:
             plan.why_not["train"] = "mixup and cutmix make other images in every epoch"
         elif not views:
             plan.why_not["train"] = (
