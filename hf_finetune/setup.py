@@ -23,6 +23,7 @@ from hf_finetune.compilation import resolve_compile
 from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, train_loader
 from hf_finetune.data.splits import Splits, load_splits
 from hf_finetune.data.stream_loader import StreamSet
+from hf_finetune.data.stream_splits import load_streams
 from hf_finetune.data.streams import Stream
 from hf_finetune.data.targets import class_weights
 from hf_finetune.defaults import Choice, resolve
@@ -110,8 +111,11 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     _check_trackers(recipe)
     choices: list[Choice] = []
     seed = recipe.training.seed
-    steps, size = recipe.training.steps, recipe.training.batch_size
-    splits = load_splits(recipe.data, seed=seed, task=recipe.task, samples=steps and steps * size)
+    if recipe.data.streaming:
+        samples = recipe.training.steps and recipe.training.steps * recipe.training.batch_size
+        splits = load_streams(recipe.data, seed=seed, task=recipe.task, samples=samples)
+    else:
+        splits = load_splits(recipe.data, seed=seed, task=recipe.task)
     task = next(name for name, task in TASKS.items() if task.modality == splits.modality)
     if recipe.task == "auto":
         choices.append(Choice("task", task, f"the data holds {splits.modality}s"))

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 import runs
 from hf_finetune.data.spec import DataSpec
-from hf_finetune.data.splits import load_splits
+from hf_finetune.data.stream_splits import load_streams
 from hf_finetune.data.streams import LANES, Stream
 from hf_finetune.errors import FinetuneError, Interrupted
 from hf_finetune.train import finetune
@@ -48,7 +48,7 @@ def spec(path: Any, **changes: Any) -> DataSpec:
 
 
 def stream(data: DataSpec, seed: int = 0, samples: int | None = None) -> Stream:
-    train = load_splits(data, seed=seed, samples=samples).train
+    train = load_streams(data, seed=seed, samples=samples).train
     assert isinstance(train, Stream)
     return train
 
@@ -71,7 +71,7 @@ SOURCES = {
 @pytest.mark.parametrize("name", SOURCES)
 def test_each_pass_has_every_row_once_in_an_order_of_its_own(name: str, tmp_path: Path) -> None:
     data = spec(**SOURCES[name](tmp_path))
-    splits = load_splits(data, seed=3)
+    splits = load_streams(data, seed=3)
     train = splits.train
     assert isinstance(train, Stream)
     held = [] if name == "images" else splits.validation.with_format(None)["row"]
@@ -183,19 +183,19 @@ def test_what_cannot_be_streamed_is_said(case: str, tmp_path: Path) -> None:
     rows = [(f"film {n}", "ab"[n % 2], "a") for n in range(20)]
     path = runs.table(tmp_path, rows, header=("text", "label", "one"))
     with pytest.raises(FinetuneError) as caught:
-        load_splits(spec(path, **changes), seed=0)
+        load_streams(spec(path, **changes), seed=0)
     assert all(each in str(caught.value) for each in said), caught.value
 
 
 def test_validation_is_not_set_aside_from_an_unknown_number(tmp_path: Path) -> None:
     with pytest.raises(FinetuneError, match=r"0.1 of train cannot be set aside.*`data.rows`"):
-        load_splits(spec(shards(tmp_path), rows=None), seed=0, samples=80)
+        load_streams(spec(shards(tmp_path), rows=None), seed=0, samples=80)
 
 
 def test_an_empty_stream_is_said(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("")
     with pytest.raises(FinetuneError, match=r"x\.jsonl"):
-        load_splits(spec(str(tmp_path / "x.jsonl")), seed=0)
+        load_streams(spec(str(tmp_path / "x.jsonl")), seed=0)
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -208,7 +208,7 @@ def test_a_bad_row_is_named_or_skipped(skip: bool, tmp_path: Path) -> None:
         classes=["b", "a"],
         on_error="skip" if skip else "stop",
     )
-    splits = load_splits(data, seed=0)
+    splits = load_streams(data, seed=0)
     assert splits.labels.names == ("b", "a")
     train = splits.train
     assert isinstance(train, Stream)
@@ -232,10 +232,10 @@ def test_a_broken_shard_names_the_place(tmp_path: Path) -> None:
 
 def test_other_files_are_not_the_same_data(tmp_path: Path) -> None:
     paths = shards(tmp_path)
-    prints = [load_splits(spec(paths), seed=0).report.fingerprint for _ in range(2)]
+    prints = [load_streams(spec(paths), seed=0).report.fingerprint for _ in range(2)]
     text = Path(paths[2]).read_text()
     Path(paths[2]).write_text(text.replace("film 2 25", "filn 2 25"))
-    prints.append(load_splits(spec(paths), seed=0).report.fingerprint)
+    prints.append(load_streams(spec(paths), seed=0).report.fingerprint)
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -243,12 +243,12 @@ def test_regression_pairs_and_several_labels(tmp_path: Path) -> None:
     rows = [(f"film {n}", f"book {n}", n / 7, "red|round" if n % 3 else "red") for n in range(30)]
     path = runs.table(tmp_path, rows, header=("one", "two", "value", "tags"))
     columns = {"text": ["one", "two"], "label": "value"}
-    splits = load_splits(spec(path, rows=30, columns=columns, labels="regression"), seed=0)
+    splits = load_streams(spec(path, rows=30, columns=columns, labels="regression"), seed=0)
     _, (row, *_) = next(splits.train.batches(4))  # type: ignore[union-attr]
     assert row["text_pair"].removeprefix("book ") == row["text"].removeprefix("film ")
     assert row["label"] == pytest.approx(int(row["text"].removeprefix("film ")) / 7)
     columns |= {"label": "tags"}
-    splits = load_splits(spec(path, rows=30, columns=columns, labels="multi"), seed=0)
+    splits = load_streams(spec(path, rows=30, columns=columns, labels="multi"), seed=0)
     assert splits.labels.names == ("red", "round")
     _, (row, *_) = next(splits.train.batches(4))  # type: ignore[union-attr]
     assert row["label"][0] == 1.0

@@ -52,16 +52,11 @@ class Splits:
     """Training rows per class, in the labels' order; empty for regression and for a stream."""
 
 
-def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto", samples: int | None = None) -> Splits:
+def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto") -> Splits:
     """Load train, validation and test of a data spec, checked, with their labels and a report.
 
-    `samples` is how many samples a run takes, where that is known: the length of a stream that does not say its own.
     Raises DataError naming the file, row, column, split or label that is wrong, and what to do about it.
     """
-    if spec.streaming:
-        from hf_finetune.data.streams import load_streams
-
-        return load_streams(spec, seed=seed, task=task, samples=samples)
     source = open_source(spec)
     notes, warnings = [*source.notes], list[str]()
     selections = {"train": select(source, spec.train)}

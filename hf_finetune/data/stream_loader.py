@@ -16,7 +16,8 @@ from hf_finetune.augment.text import change_text
 from hf_finetune.data.checks import read_image
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.loaders import MaxLength, Sample, TrainBatches, TrainSet, share
-from hf_finetune.data.streams import Row, Stream, hold
+from hf_finetune.data.stream_splits import hold
+from hf_finetune.data.streams import Row, Stream
 from hf_finetune.data.tokens import encode, kept_length
 from hf_finetune.models.backbone import ImageInput, TextInput
 

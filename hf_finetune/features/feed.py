@@ -124,7 +124,7 @@ class Feed:
         plan, (epochs, evaluations) = Plan(), self._reads(phase)
         views = (spec.views or 0) if setup.augmentations else 1
         if isinstance(setup.splits.train, Stream):
-            plan.why_not["train"] = "a stream may be larger than any disk"
+            plan.why_not["train"] = "a stream may be larger than the disk"
         elif setup.mixes:
             plan.why_not["train"] = "mixup and cutmix make other images in every epoch"
         elif not views:
