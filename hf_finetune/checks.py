@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, IMAGE_AUGMENTATIONS, TEXT_AUGMENTATIONS
+from hf_finetune.data.spec import DataSpec
 from hf_finetune.errors import nearest
 from hf_finetune.fetch import COMMIT
 from hf_finetune.models.spec import PICKLE_SUFFIXES
@@ -517,6 +518,60 @@ def fraction_needs_no_validation_split(recipe: Recipe) -> Iterator[Conflict]:
         )
 
 
+def streams_are_read_once_through(recipe: Recipe) -> Iterator[Conflict]:
+    """What needs all rows of train at once, or their number by class, cannot be had of a stream."""
+    data = recipe.data
+    if not data.streaming:
+        for key, idle in {
+            "rows": data.rows is None,
+            "classes": data.classes is None,
+            "shuffle_buffer": data.shuffle_buffer == DataSpec().shuffle_buffer,
+        }.items():
+            if not idle:
+                yield Conflict(
+                    (f"data.{key}", "data.streaming"),
+                    "it is about streams; other data are counted, searched and shuffled as a whole",
+                    f"remove data.{key}, or set data.streaming: true",
+                )
+        return
+    if data.max_samples is not None:
+        yield Conflict(
+            ("data.max_samples", "data.streaming"),
+            "samples are drawn from all rows, which a stream does not hold",
+            "remove data.max_samples; training.steps sets how much is read",
+        )
+    if data.class_weights != "none":
+        yield Conflict(
+            ("data.class_weights", "data.streaming"),
+            "weights go by the rows of each class, which nobody has counted in a stream",
+            "remove data.class_weights, or data.streaming",
+        )
+    if data.cache is not None:
+        yield Conflict(
+            ("data.cache", "data.streaming"),
+            "a stream is never kept whole, decoded or not",
+            "remove data.cache, or data.streaming",
+        )
+    if recipe.training.micro_batch_tokens is not None:
+        yield Conflict(
+            ("training.micro_batch_tokens", "data.streaming"),
+            "texts of a stream are tokenised after they have been shared out",
+            "remove training.micro_batch_tokens; a smaller training.micro_batch_size saves memory too",
+        )
+    if data.classes is not None and data.labels == "regression":
+        yield Conflict(("data.classes", "data.labels"), "regression has no classes", "remove data.classes")
+    if data.classes is not None and len(set(data.classes)) < len(data.classes):
+        yield Conflict(("data.classes",), "it names a label twice", "name each label once")
+    for role in ("train", "validation"):
+        if "[" in str(getattr(data, role)):
+            yield Conflict(
+                (f"data.{role}", "data.streaming"),
+                "a stream has no slices",
+                "name a whole split or file"
+                + ("; a fraction such as 0.1 sets rows aside" if role == "validation" else ""),
+            )
+
+
 def trackers_are_known(recipe: Recipe) -> Iterator[Conflict]:
     """Trackers are accelerate's own."""
     for i, name in enumerate(recipe.trackers):
@@ -558,6 +613,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     revisions_are_of_the_hub,
     splits_exist,
     fraction_needs_no_validation_split,
+    streams_are_read_once_through,
     trackers_are_known,
 )
 

@@ -59,7 +59,7 @@ def explain_recipe(recipe: Recipe, folder: Path) -> None:
     _print_cost(setup, accelerator, steps, feed)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "augment.png"
-    save_augment_grid(feed.train, path)
+    save_augment_grid(feed.train.shown(), path)
     _say(f"what the model receives: {path}")
 
 

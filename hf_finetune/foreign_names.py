@@ -38,6 +38,7 @@ RENAMED: dict[str, str] = {
     **dict.fromkeys(("num_workers", "dataloader_num_workers"), "data.workers"),
     **dict.fromkeys(("max_seq_length", "max_seq_len"), "data.max_length"),
     **dict.fromkeys(("max_train_samples", "limit"), "data.max_samples"),
+    **dict.fromkeys(("shuffle_buffer_size", "buffer_size"), "data.shuffle_buffer"),
     **dict.fromkeys(("problem_type", "multi_label", "label_type"), "data.labels"),
     **dict.fromkeys(("class_weight", "weights"), "data.class_weights"),
     **dict.fromkeys(("image_column", "image_column_name"), "data.columns.image"),

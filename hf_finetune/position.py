@@ -22,6 +22,7 @@ from hf_finetune.checkpoint import (
     save_shares,
     unpack_optimizer,
 )
+from hf_finetune.data.streams import Stream
 from hf_finetune.errors import UserError
 from hf_finetune.monitor import Watch
 from hf_finetune.parallel import split_shares
@@ -83,6 +84,7 @@ def store(
         "randomness": gather_object([random_state()]),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "total_steps": setup.timeline.total_steps,
+        "stream": setup.splits.train.mark_at(at.step) if isinstance(setup.splits.train, Stream) else None,
     }
     alike, shares = split_shares(parts)
     begun: Path | None = None
@@ -126,6 +128,8 @@ def restore(
     for name, value in state["position"].items():
         setattr(at, name, value)
     watch.load(state["watch"])
+    if isinstance(setup.splits.train, Stream) and state.get("stream"):
+        setup.splits.train.resume(state["stream"])
     restore_model(model, checkpoint.tensors("model"))
     unpack_optimizer(optimizer.optimizer, _names(setup), checkpoint.tensors("optimizer"), state["optimizer"])
     if ema:

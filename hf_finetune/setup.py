@@ -22,6 +22,9 @@ from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, AugmentationSpec
 from hf_finetune.compilation import resolve_compile
 from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, eval_tokens, train_loader
 from hf_finetune.data.splits import Splits, load_splits
+from hf_finetune.data.stream_loader import StreamSet
+from hf_finetune.data.stream_splits import load_streams
+from hf_finetune.data.streams import Stream
 from hf_finetune.data.targets import class_weights
 from hf_finetune.data.tokens import kept_tokens
 from hf_finetune.defaults import Choice, resolve
@@ -115,7 +118,11 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         _check_shareable(recipe)
     choices: list[Choice] = []
     seed = recipe.training.seed
-    splits = load_splits(recipe.data, seed=seed, task=recipe.task)
+    if recipe.data.streaming:
+        samples = recipe.training.steps and recipe.training.steps * recipe.training.batch_size
+        splits = load_streams(recipe.data, seed=seed, task=recipe.task, samples=samples)
+    else:
+        splits = load_splits(recipe.data, seed=seed, task=recipe.task)
     task = next(name for name, task in TASKS.items() if task.modality == splits.modality)
     if recipe.task == "auto":
         choices.append(Choice("task", task, f"the data holds {splits.modality}s"))
@@ -359,15 +366,13 @@ def build_sets(setup: Setup) -> tuple[TrainSet, EvalSet]:
     """Return train and validation as the model reads them."""
     recipe, splits, model_input = setup.recipe, setup.splits, setup.backbone.input
     max_length = recipe.data.max_length
-    train = TrainSet(
-        splits.train,
-        splits.labels,
-        model_input,
-        setup.augmentations,
-        seed=recipe.training.seed,
-        max_length=max_length,
-        shrink=recipe.data.cache == "decoded",
-    )
+    common: dict[str, Any] = {"seed": recipe.training.seed, "max_length": max_length}
+    train: TrainSet
+    if isinstance(splits.train, Stream):
+        train = StreamSet(splits.train, splits.labels, model_input, setup.augmentations, **common)
+    else:
+        common["shrink"] = recipe.data.cache == "decoded"
+        train = TrainSet(splits.train, splits.labels, model_input, setup.augmentations, **common)
     return train, EvalSet(splits.validation, splits.labels, model_input, max_length=max_length)
 
 
@@ -408,7 +413,7 @@ def worker_count(
         return int(asked), "as the recipe says"
     cores = cores_per_process(world_size)
     if modality == "text":
-        return 0, "texts are tokenised in advance"
+        return 0, "texts are tokenised faster than they are handed over"
     if rows <= SMALL_IMAGE_SET:
         return 0, f"{rows} images load faster than workers start"
     if device.type == "cpu":

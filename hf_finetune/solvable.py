@@ -10,6 +10,7 @@ from torch import nn
 from hf_finetune.augment.spec import BATCH_AUGMENTATIONS
 from hf_finetune.data.loaders import EvalSet, collate
 from hf_finetune.data.splits import Splits
+from hf_finetune.data.streams import Stream
 from hf_finetune.evaluation import to_device
 from hf_finetune.features.cut import Cut, Inputs
 from hf_finetune.features.plan import column_of
@@ -71,6 +72,8 @@ def why_unsolvable(
         processes: of the run.
     """
     cache, augment = recipe.cache, recipe.augment
+    if isinstance(splits.train, Stream):
+        return "a stream may be larger than the memory"
     if not isinstance(cache, CacheSpec):
         return "`cache: off` keeps no features"
     if recipe.training.gradient_checkpointing:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hf_finetune.data.columns import column_values
+from hf_finetune.data.streams import Stream
 from hf_finetune.data.tokens import kept_tokens
 from hf_finetune.errors import FinetuneError, Interrupted, TrainingError
 from hf_finetune.models.backbone import TextInput
@@ -112,9 +113,13 @@ def non_finite(
     mine = [(int(index), bool(finite)) for index, finite in zip(indices, torch.isfinite(losses), strict=True)]
     batch = set(gather_object(mine))
     guilty = {index for index, finite in batch if not finite} or {index for index, _ in batch}
-    numbers = column_values(record.setup.splits.train, "row")  # as the data's own file counts
-    rows = sorted(int(numbers[index]) for index in guilty)
-    named = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
+    train = record.setup.splits.train
+    if isinstance(train, Stream):
+        rows = train.names(sorted(guilty))
+    else:
+        numbers = column_values(train, "row")  # as the data's own file counts
+        rows = [str(number) for number in sorted(int(numbers[index]) for index in guilty)]
+    named = ", ".join(rows[:16]) + (", …" if len(rows) > 16 else "")
     kept = (
         f"The best model so far (step {best.step}) is in {record.path / 'model'}."
         if best.value is not None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import load_split, load_splits
+from hf_finetune.data.stream_splits import load_streams
 from hf_finetune.errors import DataError, ModelError, UserError, did_you_mean
 from hf_finetune.fetch import Pinned
 from hf_finetune.models.layout import ADAPTER_CONFIG
@@ -140,7 +141,17 @@ def rows_of(place: str, trained: Trained, options: Sequence[str], *, labelled: b
         if split not in {"train", "validation"} and not (split == "test" and spec.test is not None):
             rows = load_split(spec, split, labels, seed=seed, task=task, labelled=labelled)
             return Found(rows, spec.path, split, own=True)
-        splits = load_splits(spec, seed=seed, task=task)
+        if spec.streaming and split == "test":
+            rows = load_split(spec, str(spec.test), labels, seed=seed, task=task, labelled=labelled)
+            return Found(rows, spec.path, split, own=True)
+        if spec.streaming and split == "train":
+            raise UserError(
+                "split=train: it is a stream without an end. Measure another split, or give data=PATH."
+            )
+        if spec.streaming:
+            splits = load_streams(spec, seed=seed, task=task, samples=1)
+        else:
+            splits = load_splits(spec, seed=seed, task=task)
     except DataError as error:
         if trained.recorded is not None:
             raise

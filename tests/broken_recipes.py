@@ -1971,4 +1971,67 @@ BROKEN = [
         overrides=("backbone=shipped/minilm", "training.epochs=ten"),
         files={"mine.yaml": "schedule: {name: one_cycle, warmup: 10%}\n"},
     ),
+    Broken(
+        "what a stream cannot do",
+        """
+        strategy: frozen
+        data:
+          path: rows.csv
+          streaming: true
+          max_samples: 100
+          class_weights: balanced
+          validation: train[:10%]
+          classes: [a, b, a]
+        """,
+        """
+        recipe.yaml:5: data.max_samples
+          given 100, with data.streaming: true (recipe.yaml:4)
+          samples are drawn from all rows, which a stream does not hold
+          remove data.max_samples; training.steps sets how much is read
+        recipe.yaml:6: data.class_weights
+          given balanced, with data.streaming: true (recipe.yaml:4)
+          weights go by the rows of each class, which nobody has counted in a stream
+          remove data.class_weights, or data.streaming
+        recipe.yaml:7: data.validation
+          given train[:10%], with data.streaming: true (recipe.yaml:4)
+          a stream has no slices
+          name a whole split or file; a fraction such as 0.1 sets rows aside
+        recipe.yaml:8: data.classes
+          given [a, b, a]; it names a label twice
+          name each label once
+        4 problems in recipe.yaml
+        """,
+    ),
+    Broken(
+        "what only a stream needs",
+        """
+        strategy: frozen
+        data: {path: rows.csv, rows: 100, shuffle_buffer: 10}
+        """,
+        """
+        recipe.yaml:2: data.rows
+          given 100, with data.streaming: false (default)
+          it is about streams; other data are counted, searched and shuffled as a whole
+          remove data.rows, or set data.streaming: true
+        recipe.yaml:2: data.shuffle_buffer
+          given 10, with data.streaming: false (default)
+          it is about streams; other data are counted, searched and shuffled as a whole
+          remove data.shuffle_buffer, or set data.streaming: true
+        2 problems in recipe.yaml
+        """,
+    ),
+    Broken(
+        "classes of values",
+        """
+        strategy: frozen
+        data: {path: rows.csv, streaming: true, labels: regression, classes: [a, b]}
+        """,
+        """
+        recipe.yaml:2: data.classes
+          given [a, b], with data.labels: regression (recipe.yaml:2)
+          regression has no classes
+          remove data.classes
+        1 problem in recipe.yaml
+        """,
+    ),
 ]

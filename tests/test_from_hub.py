@@ -24,6 +24,8 @@ from hf_finetune.cli import main
 from hf_finetune.data.labels import Labels
 from hf_finetune.data.sources import open_source
 from hf_finetune.data.spec import DataSpec
+from hf_finetune.data.stream_splits import load_streams
+from hf_finetune.data.streams import Stream
 from hf_finetune.errors import FinetuneError, HubError, ModelError, UserError
 from hf_finetune.inference import evaluate_model, load_trained
 from hf_finetune.models.load import Backbone, load_backbone
@@ -287,6 +289,25 @@ def test_the_cache_answers_with_the_commit_asked_for(
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert len(open_source(DataSpec(path="me/data", revision="v1")).splits["train"]) == 12
     assert len(open_source(DataSpec(path="me/data")).splits["train"]) == 3
+
+
+def test_a_data_set_is_streamed_at_a_commit(
+    there: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = DataSpec(path="me/data", streaming=True, rows=12, shuffle_buffer=4, validation=0.25)
+    splits = load_streams(spec, seed=0)
+    stream = splits.train
+    assert isinstance(stream, Stream)
+    batches = stream.batches(3)
+    rows = [row for _ in range(3) for row in next(batches)[1]]
+    assert len({row["row"] for row in rows}) == len(rows) == 9
+    assert splits.report.commit == there.repos["dataset", "me/data"].refs["refs/heads/main"]
+    assert not list(tmp_path.glob("datasets-cache/**/*.arrow")), "nothing is kept"
+    later = stream.batches(3)
+    unplug(there, monkeypatch)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(HubError, match=r"the stream broke off at row 0 .*--resume. goes on"):
+        next(later)
 
 
 def test_configurations_of_a_data_set(there: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixup": ("vit", FULL | {"augment": ["mixup", "horizontal_flip"]}),
     "cutmix, odd share": ("vit", FULL | {"augment": ["cutmix"], "training": {"batch_size": 6}}),
     "ema": ("vit", FULL | {"training": {"ema": {"decay": 0.5}}}),
+    "a stream": ("vit", FULL | {"augment": ["mixup"], "data": {"streaming": True, "shuffle_buffer": 8}}),
     "class weights": ("vit", FULL | {"data": {"class_weights": "balanced"}}),
     "lp_ft": ("resnet", {"strategy": {"name": "lp_ft", "full_lr": "0.1x", "probe": "2 steps"}, "training": {"steps": 5}}),
     "a solved head, then all": ("bert-dry", {"strategy": {"name": "lp_ft", "full_lr": "0.1x"}} | SGD),

@@ -60,7 +60,7 @@ def check_images(cells: Iterable[Any], *, full: bool) -> tuple[dict[int, str], l
     with ThreadPoolExecutor(max_workers=min(8, 2 * (os.cpu_count() or 1))) as pool:
         # a few at a time, since the pool holds all it is given
         while chunk := list(islice(cells, 256)):
-            results += pool.map(lambda cell: _check_image(cell, full), chunk)
+            results += pool.map(lambda cell: check_image(cell, full=full), chunk)
     problems = {position: result for position, result in enumerate(results) if isinstance(result, str)}
     return problems, [result for result in results if isinstance(result, int)]
 
@@ -109,7 +109,8 @@ def _file(cell: Any) -> Any:
     return io.BytesIO(content) if content is not None else path
 
 
-def _check_image(cell: Any, full: bool) -> str | int:
+def check_image(cell: Any, *, full: bool) -> str | int:
+    """Return what is wrong with an image cell, or its short side in pixels."""
     try:
         with Image.open(_file(cell)) as image:
             if full:

@@ -11,9 +11,10 @@ import copy
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import count as count_from
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -77,6 +78,11 @@ class EvalSet(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """What pads the samples; None for images."""
+        return self.input.tokenizer if isinstance(self.input, TextInput) else None
 
     @property
     def lengths(self) -> np.ndarray | None:
@@ -158,6 +164,14 @@ class TrainSet(EvalSet):
         epoch, index, weight = (*key, 1.0)[:3]
         return self.sample(index, self.view(epoch, index), weight)
 
+    def batches(self, *sizes: int | None) -> TrainBatches:
+        """Return the batches of this set; arguments as for `TrainBatches`."""
+        return TrainBatches(self, *sizes)  # type: ignore[arg-type]
+
+    def shown(self) -> TrainSet:
+        """Return a set whose rows can be looked at in any order."""
+        return self
+
     def view(self, epoch: int, index: int) -> Sample:
         """Return the model's inputs for one row as this epoch shows it."""
         if self.features and self.views:
@@ -232,8 +246,15 @@ class TrainBatches(Sampler):
         self.rank, self.world, self.tokens = rank, world, tokens
         self.pairs = bool(mixers(dataset.augmentations))
         self.epoch, self.start = 0, 0
+        self.planned: deque[tuple[int, int]] = deque()
+        """(size, micro-batches) of the global batches the loader has asked for and `iterate_batches` not yet."""
 
-    def micro_batches(self) -> Iterator[tuple[int, list[tuple[list[int], list[float]]]]]:
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Global batches in an epoch; None where one pass follows the other without an end."""
+        return -(-len(self.dataset) // self.batch_size)
+
+    def micro_batches(self) -> Iterator[tuple[int, list[tuple[list[Any], list[float]]]]]:
         """Yield for each global batch from `start` on its size and this process's micro-batches."""
         data = self.dataset
         batches = epoch_batches(len(data), self.batch_size, data.seed, self.epoch, data.lengths)
@@ -244,11 +265,17 @@ class TrainBatches(Sampler):
             else:
                 yield len(batch), share_by_tokens(batch, *place, data.lengths, self.tokens)
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         # The key carries the epoch: workers that live on from an earlier epoch have no other way to know it.
-        for _, micro_batches in self.micro_batches():
-            for indices, weights in micro_batches:
-                yield [(self.epoch, index, weight) for index, weight in zip(indices, weights, strict=True)]
+        self.planned.clear()
+        for size, micro_batches in self.micro_batches():
+            self.planned.append((size, len(micro_batches)))
+            for samples, weights in micro_batches:
+                yield self.keys(samples, weights)
+
+    def keys(self, samples: list[Any], weights: list[float]) -> list[Any]:
+        """Return what the set is asked for: (epoch, index, weight)."""
+        return [(self.epoch, index, weight) for index, weight in zip(samples, weights, strict=True)]
 
     def __len__(self) -> int:
         return sum(len(micro_batches) for _, micro_batches in self.micro_batches())
@@ -271,48 +298,49 @@ def train_loader(
     pass of this process (None = its whole share), `micro_batch_tokens` the tokens of its texts, padding included.
     """
     micro_batch_size = micro_batch_size or -(-batch_size // world)
-    batches = TrainBatches(dataset, batch_size, micro_batch_size, rank, world, micro_batch_tokens)
+    batches = dataset.batches(batch_size, micro_batch_size, rank, world, micro_batch_tokens)
     return DataLoader(dataset, batch_sampler=batches, **_options(dataset, workers, pin_memory))
 
 
 def iterate_batches(loader: DataLoader, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
-    """Yield an epoch's global batches from batch `start` on, each as this process's micro-batches.
+    """Return an epoch's global batches from batch `start` on, each as this process's micro-batches.
 
-    A micro-batch also carries `"batch_size"`, the size of the global batch: what a sum over samples is
-    divided by.
+    Workers begin at once. A micro-batch also carries `"batch_size"`, the size of the global batch: what a sum over
+    samples is divided by.
     """
-    counts, stream = _begin(loader, epoch, start)
-    for size, count in counts:
-        yield [{**next(stream), "batch_size": size} for _ in range(count)]
-
-
-def iterate_epochs(loader: DataLoader, epoch: int, start: int, steps: int) -> Iterator[list[Batch]]:
-    """Yield what `iterate_batches` yields, epoch after epoch, up to the end of the one in which `steps` are reached.
-
-    Workers begin with an epoch as soon as the last batch of the one before is out: they work on while that is trained
-    on and while the model is measured.
-    """
-    counts, stream = _begin(loader, epoch, start)
-    for following in count_from(epoch + 1):
-        steps -= len(counts)
-        size, count = counts.pop()
-        for earlier, micro_batches in counts:
-            yield [{**next(stream), "batch_size": earlier} for _ in range(micro_batches)]
-        last = [{**next(stream), "batch_size": size} for _ in range(count)]
-        if steps <= 0:
-            yield last
-            return
-        counts, stream = _begin(loader, following, 0)
-        yield last
-
-
-def _begin(loader: DataLoader, epoch: int, start: int) -> tuple[list[tuple[int, int]], Iterator[Batch]]:
-    """Let workers begin with an epoch; return the size and the micro-batches of each batch, and their stream."""
     batches = loader.batch_sampler
     assert isinstance(batches, TrainBatches), "only what train_loader returns knows epochs"
     batches.epoch, batches.start = epoch, start
-    counts = [(size, len(micro_batches)) for size, micro_batches in batches.micro_batches()]
-    return counts, iter(loader)
+    return _joined(iter(loader), batches.planned)
+
+
+def _joined(stream: Iterator[Batch], planned: deque[tuple[int, int]]) -> Iterator[list[Batch]]:
+    while (first := next(stream, None)) is not None:
+        size, number = planned.popleft()
+        yield [{**batch, "batch_size": size} for batch in (first, *islice(stream, number - 1))]
+
+
+def iterate_epochs(loader: DataLoader, epoch: int, start: int, steps: int) -> Iterator[list[Batch]]:
+    """Yield what `iterate_batches` returns, epoch after epoch, up to the end of the one in which `steps` are reached.
+
+    Workers begin with an epoch as soon as the last batch of the one before is out: they work on while that is trained
+    on and while the model is measured. A stream goes from pass to pass by itself.
+    """
+    sampler = loader.batch_sampler
+    assert isinstance(sampler, TrainBatches), "only what train_loader returns knows epochs"
+    batches = iterate_batches(loader, epoch, start)
+    if sampler.steps_per_epoch is None:
+        yield from batches
+        return
+    left = sampler.steps_per_epoch - start
+    for following in count(epoch + 1):
+        yield from islice(batches, left - 1)
+        last, steps = next(batches), steps - left
+        if steps > 0:
+            batches, left = iterate_batches(loader, following), sampler.steps_per_epoch
+        yield last
+        if steps <= 0:
+            return
 
 
 def eval_loader(
@@ -367,9 +395,7 @@ def loader_over(dataset: EvalSet, batches: Sequence[list[Any]], *, workers: int)
 
 def _options(dataset: EvalSet, workers: int, pin_memory: bool) -> dict[str, Any]:
     return {
-        "collate_fn": partial(
-            collate, tokenizer=None if dataset.tokens is None else dataset.tokens.tokenizer
-        ),
+        "collate_fn": partial(collate, tokenizer=dataset.tokenizer),
         "num_workers": workers,
         "persistent_workers": workers > 0,
         # an iterator draws a seed for its workers: from here, so that reading data leaves torch's own generator alone

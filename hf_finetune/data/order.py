@@ -17,15 +17,19 @@ MIN_WINDOWS = 4
 
 
 def epoch_batches(
-    n: int, batch_size: int, seed: int, epoch: int, lengths: Sequence[int] | np.ndarray | None = None
+    n: int,
+    batch_size: int,
+    seed: int,
+    epoch: int | tuple[int, int],
+    lengths: Sequence[int] | np.ndarray | None = None,
 ) -> list[list[int]]:
-    """Return the global batches of an epoch as lists of sample indices: each of the `n` samples once.
+    """Return the global batches of an epoch, or of a stream's (pass, block), as lists of sample indices, each once.
 
     One batch may be short. With `lengths` (one per sample) a batch holds samples of similar length: shuffled
     samples are sorted by length within windows of many batches, then the batches are shuffled (the scheme of
     transformers' `get_length_grouped_indices`, with the batches shuffled too).
     """
-    rng = np.random.default_rng((seed, epoch))
+    rng = np.random.default_rng((seed, *(epoch if isinstance(epoch, tuple) else (epoch,))))
     order = rng.permutation(n)
     if lengths is not None:
         lengths = np.asarray(lengths)

@@ -52,7 +52,8 @@ class Source:
 
     name: str
     """Where the rows come from, for people."""
-    splits: dict[str, Dataset]
+    splits: dict[str, Any]
+    """Name -> `Dataset`, or `IterableDataset` of what is streamed."""
     folder: Path | None = None
     """What relative image paths and file names are relative to."""
     notes: tuple[str, ...] = ()
@@ -66,18 +67,19 @@ def open_source(spec: DataSpec) -> Source:
     Raises DataError when it does not exist or cannot be read, HubError when the Hub does not answer and the cache
     does not hold it.
     """
-    with _quiet():
+    streaming = spec.streaming
+    with quiet():
         if isinstance(spec.path, list):
-            return open_files([_existing(path) for path in spec.path])
+            return open_files([_existing(path) for path in spec.path], streaming)
         if spec.path.startswith("shipped/"):
             return Source(spec.path, dict(shipped.load_dataset(spec.path.removeprefix("shipped/"))))
         path = Path(spec.path).expanduser()
         if path.is_file():
-            return open_files([path])
-        return open_folder(path) if path.is_dir() else _open_hub(spec)
+            return open_files([path], streaming)
+        return open_folder(path, streaming) if path.is_dir() else _open_hub(spec)
 
 
-def open_files(files: list[Path]) -> Source:
+def open_files(files: list[Path], streaming: bool = False) -> Source:
     """Open table files; several that are named like splits (train.csv, dev.csv) are the splits.
 
     Raises DataError for a kind of file that cannot be read, and for a file that is broken.
@@ -88,10 +90,11 @@ def open_files(files: list[Path]) -> Source:
     for file in files:
         groups.setdefault(stems[file] if are_splits else "train", []).append(file)
     name = ", ".join(str(file) for file in files)
-    return Source(name, {split: read_files(group) for split, group in groups.items()}, folder=files[0].parent)
+    splits = {split: read_files(group, streaming) for split, group in groups.items()}
+    return Source(name, splits, folder=files[0].parent)
 
 
-def read_files(files: list[Path]) -> Dataset:
+def read_files(files: list[Path], streaming: bool = False) -> Any:
     """Read table files of one kind, one after the other. Raises DataError with the parser's complaint."""
     kinds = {file.suffix.lower(): file for file in files}
     for suffix, file in kinds.items():
@@ -109,8 +112,10 @@ def read_files(files: list[Path]) -> Dataset:
     builder, options = FILE_BUILDERS[next(iter(kinds))]
     paths = [str(file.resolve()) for file in files]
     try:
-        with _quiet():
-            return datasets.load_dataset(builder, data_files={"train": paths}, split="train", **options)
+        with quiet():
+            return datasets.load_dataset(
+                builder, data_files={"train": paths}, split="train", streaming=streaming, **options
+            )
     except Exception as error:
         raise DataError(
             f"data '{', '.join(str(file) for file in files)}': it cannot be read as {builder}: "
@@ -118,7 +123,7 @@ def read_files(files: list[Path]) -> Dataset:
         ) from error
 
 
-def open_folder(path: Path) -> Source:
+def open_folder(path: Path, streaming: bool = False) -> Source:
     """Open a folder: from `save_to_disk`, of table files (at the top or in data/), or of images.
 
     Raises DataError when it holds none of these.
@@ -138,7 +143,7 @@ def open_folder(path: Path) -> Source:
         return Source(str(path), dict(datasets.load_dataset("imagefolder", data_dir=str(path))), folder=path)
     for place in (path, path / "data"):
         if tables := _tables(place):
-            return Source(str(path), open_files(tables).splits, folder=place)
+            return Source(str(path), open_files(tables, streaming).splits, folder=place)
     return _open_image_folder(path)
 
 
@@ -222,6 +227,12 @@ def _open_hub(spec: DataSpec) -> Source:
             raise refusal(wanted, pinned.unreachable)
         notes.append(str(pinned.note))
         return Source(name, _read_prepared(path, found), notes=tuple(notes), commit=pinned.commit)
+    if spec.streaming:
+        try:
+            streams: Any = datasets.load_dataset(path, spec.config, revision=pinned.commit, streaming=True)
+        except Exception as error:
+            raise _hub_problem(spec, wanted, error) from error
+        return Source(name, dict(streams), notes=tuple(notes), commit=pinned.commit)
     if (
         found := _prepared(spec.model_copy(update={"config": spec.config or "default"}), pinned.commit)
     ) is not None:
@@ -331,7 +342,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back the bars and log lines of `datasets`: what matters reaches the user as an error or a note."""
     were_on, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()

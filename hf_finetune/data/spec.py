@@ -38,6 +38,14 @@ class DataSpec(Spec):
     """Split name or slice, a fraction of train, or auto: the set's own validation split, else 0.2 of train."""
     test: str | None = None
     """Split name, slice or file name; measured by `evaluate … split=test` only."""
+    streaming: bool = False
+    """Read train as a stream that is never loaded or downloaded whole; validation is read up to 10,000 rows."""
+    shuffle_buffer: Annotated[int, Field(ge=1)] = 1000
+    """Rows of a stream that are held and shuffled at a time, beside the shuffled order of its files."""
+    rows: Annotated[int, Field(ge=1)] | None = None
+    """Training rows of a stream whose own metadata do not say; without it `training.steps` sets the length."""
+    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    """Label names of a stream in the model's order; null = the set's own, else those of its first 10,000 rows."""
     columns: ColumnsSpec = ColumnsSpec()
     """What the columns are called."""
     labels: LabelKind = "single"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value
@@ -27,6 +27,9 @@ from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.targets import encode, find_labels, label_feature
 from hf_finetune.errors import DataError
 
+if TYPE_CHECKING:
+    from hf_finetune.data.streams import Stream
+
 NAMED = 5
 """Classes or skipped rows a report names before it counts."""
 
@@ -39,14 +42,14 @@ class Splits:
     multi-hot list of floats or a float) and `"row"`, its number in the source's split.
     """
 
-    train: Dataset
+    train: Dataset | Stream
     validation: Dataset
     test: Dataset | None
     labels: Labels
     modality: Modality
     report: DataReport
     train_counts: tuple[int, ...]
-    """Training rows per class, in the labels' order; empty for regression."""
+    """Training rows per class, in the labels' order; empty for regression and for a stream."""
 
 
 def load_splits(spec: DataSpec, *, seed: int, task: Task = "auto") -> Splits:
@@ -130,7 +133,7 @@ def load_split(
     `labelled=False` reads no label column. Numbers stand for the labels' places when no label's name is a
     number. Raises DataError as `load_splits` does.
     """
-    source = open_source(spec)
+    source = open_source(spec.model_copy(update={"streaming": False}))  # all of its rows are asked for
     selection = select(source, name)
     modality = find_modality(task, selection.rows, spec.columns)
     columns = find_columns(selection.rows, spec.columns, modality, [], where=source.name, labelled=labelled)
@@ -210,7 +213,7 @@ def _read(
             f"data '{source.name}': no row of '{selection.name}' ({role}) can be used; {len(raw):,} were "
             "read."
         )
-    return _Part(rows.with_transform(partial(_decode, split=selection.name)), problems, names, side)
+    return _Part(rows.with_transform(partial(decode, split=selection.name)), problems, names, side)
 
 
 def _targets(
@@ -265,7 +268,7 @@ def _check_images(rows: Dataset, *, full: bool) -> tuple[dict[int, str], int | N
     return problems, round(median(sides)) if sides else None
 
 
-def _decode(batch: dict[str, list[Any]], split: str) -> dict[str, list[Any]]:
+def decode(batch: dict[str, list[Any]], split: str) -> dict[str, list[Any]]:
     """Decode the images of rows that `datasets` has read; what is not an image passes."""
     if "image" not in batch:
         return batch
@@ -342,15 +345,18 @@ def _class_warnings(labels: Labels, counts: Mapping[str, Sequence[int]]) -> list
     if unseen:
         warnings.append(f"{_named(unseen)} without a training row: the model cannot learn to answer so")
     if unmeasured:
-        warnings.append(
-            f"{_named(unmeasured)} without a validation row: how well the model does there is not measured"
-        )
+        warnings.append(unmeasured_classes(unmeasured))
     if labels.kind == "single" and labels.outputs > 50 and labels.outputs > sum(train) / 2:
         warnings.append(
             f"{labels.outputs:,} classes for {sum(train):,} training rows: is the label column right, or is "
             "it a number to predict (`data.labels: regression`)?"
         )
     return warnings
+
+
+def unmeasured_classes(names: list[str]) -> str:
+    """Return what to say of classes that validation does not show."""
+    return f"{_named(names)} without a validation row: how well the model does there is not measured"
 
 
 def _named(names: list[str]) -> str:

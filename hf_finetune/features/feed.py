@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hf_finetune.data.loaders import EvalSet, TrainSet, collate, loader_over
+from hf_finetune.data.streams import Stream
 from hf_finetune.errors import TrainingError
 from hf_finetune.evaluation import to_device
 from hf_finetune.features.compute import Want, compute, find, hold
@@ -182,6 +183,8 @@ class Feed:
         if setup.plans[phase].solver:
             evaluations += 2  # it measures as it goes
             plan.wants["train"] = self._want("train", cut, views or 1, still, spec, self._read_by_solver())
+        elif isinstance(setup.splits.train, Stream):
+            plan.why_not["train"] = "a stream may be larger than the disk"
         elif setup.mixes:
             plan.why_not["train"] = "mixup and cutmix make other images in every epoch"
         elif not views:

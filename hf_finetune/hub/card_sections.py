@@ -126,7 +126,7 @@ def labels(facts: CardFacts) -> str:
     if known.kind == "regression":
         counts = ", ".join(f"{count:,} {role}" for role, count in report.rows.items())
         return f"## Output\n\nOne number, the column `{known.names[0]}`; rows: {counts}."
-    roles = list(report.rows)
+    roles = [role for role in report.rows if role in report.class_counts]  # a stream is not counted by class
     scores = label_scores(facts.answers, known.outputs) if facts.answers else None
     rows = []
     for number, name in enumerate(known.names):
@@ -155,6 +155,8 @@ def origin(facts: CardFacts) -> str:
         if at.held_out
         else ""
     )
+    if facts.recipe.data.streaming:
+        drawn += f" Training rows were read as a stream of `{published_split(report.splits['train'])}`."
     skipped = sum(report.skipped.values())
     left = f" {skipped:,} unusable rows were left out." if skipped else ""
     sample = (
