@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
 import benchmark
 from benchmarks import ours, prepare_data
+
+ROOT = Path(__file__).parents[1]
 
 
 def run_benchmark(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,6 @@ from benchmarks.job import Job, Watch, answer, read_job
 from benchmarks.prepare_data import held_out
 from benchmarks.trainer import text_data
 
-
 PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 """Our word -> Lightning's."""
 
