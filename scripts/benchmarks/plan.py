@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +68,11 @@ def adapter_options(setup: Setup) -> dict[str, Any]:
     adapter = setup.backbone.adapter
     if adapter is None:
         return {}
-    plain = type(adapter.config)().to_dict()
-    given = {name: value for name, value in adapter.config.to_dict().items() if value != plain.get(name)}
+    given = {}
+    for option in fields(adapter.config):
+        plain = option.default_factory() if option.default is MISSING else option.default  # type: ignore[misc]
+        if (value := getattr(adapter.config, option.name)) != plain:
+            given[option.name] = sorted(value) if isinstance(value, set) else value
     parameters = {p.name: p for p in setup.backbone.anatomy.parameters}
     beside = {
         name.rpartition(".")[0]
@@ -77,13 +80,9 @@ def adapter_options(setup: Setup) -> dict[str, Any]:
         for name in plan.multiples
         if not parameters[name].is_adapter
     }
-    options = {name: sorted(value) if isinstance(value, set) else value for name, value in given.items()}
-    options |= {"peft_type": adapter.config.peft_type.value, "modules_to_save": sorted(beside)}
-    return {
-        name: value
-        for name, value in options.items()
-        if name not in ("inference_mode", "peft_version", "auto_mapping")
-    }
+    ours_alone = ("inference_mode", "peft_version", "auto_mapping", "base_model_name_or_path")
+    options = {name: value for name, value in given.items() if name not in ours_alone}
+    return options | {"peft_type": adapter.config.peft_type.value, "modules_to_save": sorted(beside)}
 
 
 if __name__ == "__main__":
