@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import subprocess
@@ -132,4 +133,7 @@ def test_rows_are_taken_evenly(tmp_path: Path) -> None:
     found = [path.parent.name for path in folder.glob("train/*/*")]
     assert sorted(found) == sorted(2 * ["five", "six", "seven", "eight", "nine"])
     table = prepare_data.data_folder("shipped/reviews", 6, tmp_path / "texts")
-    assert len((table / "train.csv").read_text().splitlines()) >= 7
+    with (table / "train.csv").open(newline="") as file:
+        labels = [row["label"] for row in csv.DictReader(file)]
+    assert len(labels) == 6
+    assert set(labels) == {"0", "1"}

@@ -70,7 +70,7 @@ def adapter_options(setup: Setup) -> dict[str, Any]:
         return {}
     given = {}
     for option in fields(adapter.config):
-        plain = option.default_factory() if option.default is MISSING else option.default  # type: ignore[misc]
+        plain = option.default if option.default_factory is MISSING else option.default_factory()
         if (value := getattr(adapter.config, option.name)) != plain:
             given[option.name] = sorted(value) if isinstance(value, set) else value
     parameters = {p.name: p for p in setup.backbone.anatomy.parameters}
