@@ -229,10 +229,11 @@ def _run(job: Job, program: str, scratch: Path, features: Path) -> dict[str, Any
 
 def _reason(log: str, code: int) -> str:
     """Return in one line why a program failed: the error at the end of its log."""
-    lines = [line.strip() for line in log.splitlines()]
-    errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Interrupt"))]
-    said = (errors or [line for line in lines if line] or ["it said nothing"])[-1]
-    return f"{said[:300]} (exit code {code})"
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it said nothing"]
+    kinds = ("Error", "Exception", "Interrupt")
+    errors = [at for at, line in enumerate(lines) if line.partition(":")[0].endswith(kinds)]
+    said = " ".join(lines[errors[-1] :] if errors else lines[-1:])  # a message may run over several lines
+    return f"{said[:400]} (exit code {code})"
 
 
 def _line(run: Run) -> str:

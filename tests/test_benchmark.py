@@ -46,7 +46,9 @@ def test_the_smallest_benchmark(tmp_path: Path) -> None:
         *(("full", arm) for arm in [*floors, "ours"]),
     ]
     assert "fulll" in runs[0]["failed"]
-    for run in runs[1:]:
+    skipped = [run["arm"] for run in runs if "skipped" in run]  # on a CPU without bf16 instructions
+    assert skipped in ([], floors[2:])
+    for run in (run for run in runs[1:] if run["arm"] not in skipped):
         figures = [run[key] for key in ("wall", "cpu", "first_step", "samples_per_second", "peak_gb")]
         assert all(math.isfinite(figure) and figure > 0 for figure in figures)
     assert 0 <= runs[-1]["accuracy"] <= 1

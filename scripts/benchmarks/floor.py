@@ -29,10 +29,14 @@ def main() -> None:
     import torch
 
     from hf_finetune.models.forward import forward, placed
+    from hf_finetune.precision import _cpu_has_bf16
     from hf_finetune.recipe import load_recipe
     from hf_finetune.setup import prepare, process_state
 
     device = process_state().device
+    if precision == "bf16" != job.precision and device.type == "cpu" and not _cpu_has_bf16():
+        answer(skipped="this CPU has no bf16 instructions")  # without them a step takes minutes
+        return
     overrides = [*recipe_overrides(job), f"training.precision={precision}"]
     setup = prepare(load_recipe(job.recipe, overrides), world_size=1, device=device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import csv
+import json
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,10 @@ def random_weights(architecture: str, seed: int, folder: Path) -> Path:
     torch.manual_seed(seed)
     model = timm.create_model(architecture.removeprefix("timm/"), pretrained=False)
     save_for_hf(model, str(folder), safe_serialization=True)
+    # transformers' timm wrapper passes `num_classes` itself and fails on a second one.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return folder
 
 
