@@ -1,10 +1,11 @@
-"""transformers.Trainer, written as transformers' image and text classification examples are."""
+"""transformers.Trainer, written as its image and text classification examples are, peft as its users use it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from benchmarks.job import Job, answer, read_job, since_start
+from benchmarks.job import Job, Watch, answer, read_job
 
 
 def image_data(job: Job, processor: Any) -> tuple[Any, Any, Any]:
@@ -32,31 +33,38 @@ def image_data(job: Job, processor: Any) -> tuple[Any, Any, Any]:
         pixels = torch.stack([example["pixel_values"] for example in examples])
         return {"pixel_values": pixels, "labels": torch.tensor([example["label"] for example in examples])}
 
-    train, validation = dataset["train"], dataset["validation"]
-    train = train if job.rows is None else train.select(range(job.rows))
-    return train.with_transform(transform), validation.with_transform(transform), collate
+    return (
+        dataset["train"].with_transform(transform),
+        dataset["validation"].with_transform(transform),
+        collate,
+    )
 
 
 def text_data(job: Job, tokenizer: Any) -> tuple[Any, Any, Any]:
     """Return train, validation and the collator of run_classification.py; texts are padded batch by batch."""
-    from pathlib import Path
-
     from datasets import load_dataset
     from transformers import DataCollatorWithPadding
 
     files = {"train": str(Path(job.data) / "train.csv"), "validation": str(Path(job.data) / "dev.csv")}
     dataset = load_dataset("csv", data_files=files)
     text = next(name for name in ("sentence", "text") if name in dataset["train"].column_names)
-    if job.rows is not None:
-        dataset["train"] = dataset["train"].select(range(job.rows))
-    dataset = dataset.map(lambda rows: tokenizer(rows[text], truncation=True), batched=True)
+    number = {label: at for at, label in enumerate(sorted(set(dataset["train"]["label"])))}
+
+    def tokenize(rows: dict[str, Any]) -> Any:
+        return tokenizer(rows[text], truncation=True) | {"label": [number[each] for each in rows["label"]]}
+
+    dataset = dataset.map(tokenize, batched=True)
     return dataset["train"], dataset["validation"], DataCollatorWithPadding(tokenizer)
 
 
 def main() -> None:
     """Train and measure after each epoch."""
     job = read_job()
+    if job.learns == "phases":
+        answer(skipped="Trainer trains the same layers from start to end")
+        return
     import numpy as np
+    import torch
     import transformers as hf
 
     if job.modality == "image":
@@ -70,16 +78,19 @@ def main() -> None:
         outputs = len(set(train["label"]))
         auto = hf.AutoModelForSequenceClassification
     model = auto.from_pretrained(job.folder_of_backbone, num_labels=outputs, ignore_mismatched_sizes=True)
-    if job.recipe == "frozen":
-        job.freeze(model)
+    model = job.limited(model)
+    watch = Watch()
 
-    class FirstStep(hf.TrainerCallback):
-        seconds = 0.0
+    class Times(hf.TrainerCallback):
+        def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+            watch.epoch_begins()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.seconds = self.seconds or since_start()
+            watch.stepped()
 
-    watch = FirstStep()
+        def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+            watch.epoch_ends(len(train))  # evaluation and saving come after this
+
     arguments = hf.TrainingArguments(
         output_dir=job.folder,
         per_device_train_batch_size=job.batch_size,
@@ -95,7 +106,14 @@ def main() -> None:
         metric_for_best_model="accuracy",
         logging_steps=10,
         seed=job.seed,
+        bf16=job.precision == "bf16",
+        fp16=job.precision == "fp16",
+        tf32=(job.precision == "tf32") if torch.cuda.is_available() else None,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_num_workers=job.workers,
+        dataloader_persistent_workers=job.workers > 0,
         remove_unused_columns=job.modality == "text",
+        label_names=["labels"],
         report_to=[],
         disable_tqdm=True,
     )
@@ -109,17 +127,12 @@ def main() -> None:
         compute_metrics=lambda p: {
             "accuracy": float((np.argmax(p.predictions, axis=1) == p.label_ids).mean())
         },
-        callbacks=[watch],
+        callbacks=[Times()],
     )
-    result = trainer.train()
+    trainer.train()
     trainer.save_model()
     measured = [row["eval_accuracy"] for row in trainer.state.log_history if "eval_accuracy" in row]
-    answer(
-        first_step=watch.seconds,
-        samples_per_second=result.metrics["train_samples_per_second"],
-        accuracy=measured[-1],
-        best_accuracy=max(measured),
-    )
+    answer(**watch.times(), accuracy=measured[-1], best_accuracy=max(measured))
 
 
 if __name__ == "__main__":
