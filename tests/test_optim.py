@@ -55,8 +55,8 @@ def test_torch_s_fused_kernels_are_used(
     built: list[torch.optim.Optimizer] = []
     real = loop.build_optimizer
 
-    def listening(*args: Any) -> torch.optim.Optimizer:
-        built.append(real(*args))
+    def listening(*args: Any, **more: Any) -> torch.optim.Optimizer:
+        built.append(real(*args, **more))
         return built[-1]
 
     monkeypatch.setattr(loop, "build_optimizer", listening)
@@ -73,7 +73,9 @@ def test_torch_s_fused_kernels_are_used(
 def test_options_reach_the_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[torch.optim.Optimizer] = []
     real = loop.build_optimizer
-    monkeypatch.setattr(loop, "build_optimizer", lambda *args: built.append(real(*args)) or built[-1])
+    monkeypatch.setattr(
+        loop, "build_optimizer", lambda *args, **more: built.append(real(*args, **more)) or built[-1]
+    )
     options = {"betas": [0.8, 0.9], "eps": 1e-5, "fused": False}
     runs.run("vit", tmp_path / "run", strategy="full", optimizer={"name": "adamw", "lr": 1e-3, "weight_decay": 0.3, "options": options},
              training={"steps": 1})  # fmt: skip
