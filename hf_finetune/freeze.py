@@ -24,12 +24,16 @@ class FreezeScope:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.asleep: list[nn.Module] = []
-        model.register_forward_pre_hook(lambda module, args: self.enforce())
+        self._hook = model.register_forward_pre_hook(lambda module, args: self.enforce())
 
     def enforce(self) -> None:
         """Put every sleeping module in eval mode."""
         for module in self.asleep:
             module.training = False
+
+    def release(self) -> None:
+        """Let go of the model: nothing is put to sleep any more."""
+        self._hook.remove()
 
     def apply(self, plan: PhasePlan, anatomy: Anatomy, module_groups: dict[str, str]) -> None:
         """Freeze what the phase does not train, and wake the rest.

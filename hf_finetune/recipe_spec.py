@@ -56,8 +56,9 @@ class TrainingSpec(Spec):
     """Optimizer steps, instead of epochs."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Samples per optimizer step over all processes."""
-    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Samples per device and forward pass; null = batch_size / processes."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Auto | None = None
+    """Samples per device and forward pass; null = batch_size / processes, auto = the largest part of that, halved as
+    often as it takes, that fits into memory. Gradients add up to the same batch_size."""
     precision: Precision = "auto"
     """Number format of the forward pass; auto = the fastest this hardware does well. Weights, output layer and loss
     are fp32 in all of them."""

@@ -33,6 +33,7 @@ from hf_finetune.hub.reload import (
     samples_of,
     write_expected,
 )
+from hf_finetune.memory import Meter
 from hf_finetune.monitor import Best
 from hf_finetune.precision import accelerator_in
 from hf_finetune.recipe import dump_recipe
@@ -70,6 +71,8 @@ class Record:
     """Told what the user should know."""
     locks: list[RunLock] = field(default_factory=list)
     """What keeps other processes from the folder; held by the main process."""
+    memory: Meter | None = None
+    """Counts from when everything is loaded."""
     _stop_metering: Callable[[], Emissions | None] | None = None
 
     @classmethod
@@ -273,8 +276,9 @@ class Record:
         if self.checkpoint:
             emissions = added(read_status(self.path).get("emissions"), emissions)
         self._folder.write_status(
-            status=self.status, why=self.why, wall_seconds=round(self._seconds(), 3), emissions=emissions
-        )
+            status=self.status, why=self.why, wall_seconds=round(self._seconds(), 3), emissions=emissions,
+            memory=self.memory.facts() if self.memory else None,
+        )  # fmt: skip
         self._describe()
 
     def _describe(self) -> None:
@@ -351,7 +355,7 @@ class Record:
 
 
 def start_accelerator(setup: Setup, record: Record) -> Accelerator:
-    """Return the accelerator in the recipe's precision, with its trackers running."""
+    """Return the accelerator in the recipe's precision, with its trackers running; memory counts from here."""
     trackers = setup.recipe.trackers
     accelerator = accelerator_in(
         setup.recipe.training.precision,
@@ -363,4 +367,5 @@ def start_accelerator(setup: Setup, record: Record) -> Accelerator:
     if trackers:
         accelerator.init_trackers("hf_finetune", config={"recipe": dump_recipe(setup.recipe)})
         record.accelerator = accelerator
+    record.memory = Meter.start(accelerator.device)
     return accelerator

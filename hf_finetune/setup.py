@@ -37,6 +37,8 @@ from hf_finetune.timeline import Timeline, build_timeline, reachable
 
 SMALL_IMAGE_SET = 200
 """Images that are loaded before worker processes would have started."""
+EVALUATED = 32
+"""Samples that are measured together at least: without gradients they take little memory."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ def _check_trackers(recipe: Recipe) -> None:
 
 
 def _micro_batch_size(recipe: Recipe, world_size: int) -> int:
-    """Return the samples per device and forward pass."""
+    """Return the samples per device and forward pass; all of a process's share for `auto`, see `forecast.ready`."""
     training = recipe.training
     share = training.batch_size // world_size
     if training.batch_size % world_size or share == 0:
@@ -253,7 +255,8 @@ def _micro_batch_size(recipe: Recipe, world_size: int) -> int:
             f"{recipe.where('training.batch_size')}: {training.batch_size} samples per optimizer step cannot be shared "
             f"equally by {world_size} processes. Choose a multiple of {world_size}."
         )
-    size = training.micro_batch_size or share
+    asked = training.micro_batch_size
+    size = asked if isinstance(asked, int) else share
     if share % size:
         raise RecipeError(
             f"{recipe.where('training.micro_batch_size')}: {size} does not divide the {share} samples each of "
@@ -294,7 +297,7 @@ def build_loaders(
 
     return (
         train_loader(train, batch_size=size, micro_batch_size=micro, **common(train)),
-        eval_loader(validation, batch_size=max(32, micro), **common(validation)),
+        eval_loader(validation, batch_size=max(EVALUATED, micro), **common(validation)),
     )
 
 

@@ -20,6 +20,7 @@ from hf_finetune.data.targets import soft_targets
 from hf_finetune.errors import Interrupted
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.features.feed import Feed
+from hf_finetune.forecast import ready
 from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_tensors
 from hf_finetune.models.forward import placed
 from hf_finetune.monitor import Watch
@@ -30,7 +31,7 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.record import Record, Status, start_accelerator
 from hf_finetune.runfolder import Run, load_run
 from hf_finetune.schedule import ReduceOnPlateau
-from hf_finetune.setup import Setup, prepare, process_state
+from hf_finetune.setup import Setup, process_state
 from hf_finetune.stopping import asked_to_stop, named_failures, non_finite, watched_signals
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.timeline import phase_end, rate_multiple
@@ -65,7 +66,7 @@ def finetune(
     """
     started = time.monotonic()
     state = process_state()
-    setup = together(lambda: prepare(recipe, world_size=state.num_processes, device=state.device))
+    setup = ready(recipe, state, resumes=name if resume else None)
     progress = Progress(
         setup.timeline.total_steps,
         metric=setup.recipe.monitor.metric,
@@ -91,10 +92,8 @@ def finetune(
             record.check_reload(signals)
         record.status, record.why = status, why
     if record.status == "interrupted":
-        stopped = Interrupted(
-            f"{record.why}; the state is saved, `--output {record.path} --resume` continues"
-        )
-        raise by_everyone(stopped)
+        goes_on = f"the state is saved, `--output {record.path} --resume` continues"
+        raise by_everyone(Interrupted(f"{record.why}; {goes_on}"))
     return load_run(record.path)
 
 
