@@ -143,12 +143,12 @@ def foresee(
     learned = {name for plan in setup.plans[: phase + 1] for name in plan.multiples}
     parameters = dict(model.named_parameters())
     states = _states(setup, parameters)
-    tensors = [*model.parameters(), *model.buffers()]
+    averaged = [parameters[name] for group in setup.groups for name in group.parameters]
     return Forecast(
-        weights=size_of(tensors),
+        weights=size_of([*model.parameters(), *model.buffers()]),
         gradients=size_of([parameters[name] for name in setup.plans[phase].multiples]),
         optimizer=sum(states[name] for name in learned),
-        average=size_of(tensors) if setup.recipe.training.ema else 0,
+        average=size_of([*averaged, *model.buffers()]) if setup.recipe.training.ema else 0,
         samples=size_of([tensor[:1] for tensor in learning["inputs"].values()]),
         share=setup.recipe.training.batch_size // accelerator.num_processes,
         processes=accelerator.num_processes,
@@ -159,12 +159,15 @@ def foresee(
 
 
 def longest(data: EvalSet, count: int) -> Batch:
-    """Return a batch of the longest samples of a split; rows come again where it has fewer."""
+    """Return a batch of the longest samples of a split, the shortest of all before them: where texts are padded,
+    networks compute with a mask. Rows come again where there are fewer.
+    """
     order = np.arange(len(data)) if data.lengths is None else np.argsort(-data.lengths, kind="stable")
-    rows = [int(order[at % len(order)]) for at in range(count)]
-    tokenizer = None if data.tokens is None else data.tokens.tokenizer
+    rows = [int(order[at % len(order)]) for at in range(-1, count - 1)]
     keys: list[Any] = [(0, row) if isinstance(data, TrainSet) else row for row in rows]
-    return collate([data[key] for key in keys], tokenizer=tokenizer)
+    return collate(
+        [data[key] for key in keys], tokenizer=None if data.tokens is None else data.tokens.tokenizer
+    )
 
 
 def with_features(want: Want, batch: Batch, model: nn.Module, accelerator: Accelerator) -> Batch:

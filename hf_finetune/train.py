@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from hf_finetune.augment.batch import mix, mixers
@@ -21,7 +20,7 @@ from hf_finetune.errors import Interrupted
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.features.feed import Feed
 from hf_finetune.forecast import ready
-from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_tensors
+from hf_finetune.freeze import FreezeScope, average_of, check_frozen, fingerprints, frozen_tensors
 from hf_finetune.models.forward import placed
 from hf_finetune.monitor import Watch
 from hf_finetune.optim import build_optimizer, set_rates
@@ -111,7 +110,8 @@ def _train(
     scope, adapter = FreezeScope(model), setup.backbone.adapter
     optimizer = build_optimizer(recipe.optimizer, setup.groups, dict(model.named_parameters()))
     optimizer = accelerator.prepare_optimizer(optimizer)
-    ema = ModelEmaV3(model, decay=float(training.ema.decay)) if training.ema else None
+    learned = {name for group in setup.groups for name in group.parameters}
+    ema = average_of(model, float(training.ema.decay), learned) if training.ema else None
     measured = ema.module if ema else model
 
     mixing = mixers(setup.augmentations)
