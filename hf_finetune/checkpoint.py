@@ -357,12 +357,19 @@ def _bytes(text: str) -> Tensor:
 
 
 def _save_tensors(path: Path, tensors: Tensors) -> None:
-    # Each tensor gets memory of its own: safetensors refuses views that share theirs.
-    plain = torch.contiguous_format
+    # safetensors refuses views that share their memory. What has its own is written from where it lies: a copy of an
+    # optimizer's whole state would be the largest thing in memory.
+    plain: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        storage = here.untyped_storage()
+        if storage.nbytes() != here.nbytes or storage.data_ptr() in taken:
+            here = here.clone()
+        taken.add(storage.data_ptr())
+        plain[name] = here
     try:
-        save_file(
-            {name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in tensors.items()}, path
-        )
+        save_file(plain, path)
     except SafetensorError as error:
         raise os_error(error, path) from error
     with path.open("rb") as file:

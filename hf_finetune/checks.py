@@ -123,7 +123,7 @@ def decoding_needs_images(recipe: Recipe) -> Iterator[Conflict]:
 def mixing_needs_pairs(recipe: Recipe) -> Iterator[Conflict]:
     """mixup and cutmix blend samples 2k and 2k+1 of a forward pass, so their number is even."""
     for key in _mixing(recipe):
-        size_key = "micro_batch_size" if recipe.training.micro_batch_size is not None else "batch_size"
+        size_key = "micro_batch_size" if isinstance(recipe.training.micro_batch_size, int) else "batch_size"
         size = getattr(recipe.training, size_key)
         if size % 2:
             yield Conflict(
@@ -197,7 +197,7 @@ def micro_batches_hold_a_text(recipe: Recipe) -> Iterator[Conflict]:
 def micro_batches_fill_the_batch(recipe: Recipe) -> Iterator[Conflict]:
     """An optimizer step takes a whole number of forward passes."""
     batch, micro = recipe.training.batch_size, recipe.training.micro_batch_size
-    if micro is None or batch % micro == 0:
+    if not isinstance(micro, int) or batch % micro == 0:
         return
     rounded = micro * max(1, round(batch / micro))
     divisors = [size for size in range(batch, 0, -1) if batch % size == 0 and size <= max(micro, 1)]

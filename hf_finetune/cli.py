@@ -280,7 +280,10 @@ def run_recipe(
             if best
             else "nothing measured"
         )
-        typer.echo(f"done: {found}; {run.status['why']}; {run.path}")
+        memory = (
+            f"; {used['peak'] / 1e9:.3g} GB of memory at most" if (used := run.status.get("memory")) else ""
+        )
+        typer.echo(f"done: {found}; {run.status['why']}{memory}; {run.path}")
 
 
 def main(arguments: list[str] | None = None, *, command: Any = None) -> None:

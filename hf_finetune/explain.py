@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,15 +14,16 @@ from torch import nn
 from hf_finetune.augment.grid import save_augment_grid
 from hf_finetune.data.loaders import Batch, iterate_batches
 from hf_finetune.evaluation import evaluate, to_device
-from hf_finetune.features.compute import run_prefix
 from hf_finetune.features.feed import Feed
 from hf_finetune.features.plan import Plan
+from hf_finetune.forecast import Forecast, foresee, ready, with_features
 from hf_finetune.freeze import FreezeScope, fingerprints, frozen_tensors
+from hf_finetune.memory import available, in_use
 from hf_finetune.optim import build_optimizer
 from hf_finetune.precision import accelerator_in
 from hf_finetune.recipe import Recipe
 from hf_finetune.report.tables import Table, layer_table, phase_table, print_table, short_count, target_table
-from hf_finetune.setup import Setup, prepare, process_state
+from hf_finetune.setup import Setup, process_state
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.timeline import phase_end
 
@@ -34,7 +35,8 @@ def explain_recipe(recipe: Recipe, folder: Path) -> None:
         UserError: what training would raise for the same recipe.
     """
     state = process_state()
-    setup = prepare(recipe, world_size=state.num_processes, device=state.device)
+    setup = ready(recipe, state)
+    start = in_use(state.device)
     accelerator = accelerator_in(setup.recipe.training.precision)
     _print_data(setup)
     _print_weights(setup)
@@ -56,7 +58,7 @@ def explain_recipe(recipe: Recipe, folder: Path) -> None:
     for split, samples in (("train", feed.train), ("validation", feed.validation)):
         for note in samples.notes:
             _say(f"note: {split}: {note}")
-    _print_cost(setup, accelerator, steps, feed)
+    _print_cost(setup, accelerator, steps, feed, start)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "augment.png"
     save_augment_grid(feed.train.shown(), path)
@@ -118,8 +120,11 @@ def _phase_steps(setup: Setup) -> list[int]:
     return steps
 
 
-def _print_cost(setup: Setup, accelerator: Accelerator, steps: list[int], feed: Feed) -> None:
-    """Time a step of each phase and an evaluation on real batches; print what the run will take."""
+def _print_cost(setup: Setup, accelerator: Accelerator, steps: list[int], feed: Feed, start: int) -> None:
+    """Foresee the memory of each phase, time a step of it and an evaluation on real batches where that fits; print.
+
+    `start` is what was in use when everything was loaded.
+    """
     recipe, device, labels, timeline = setup.recipe, accelerator.device, setup.splits.labels, setup.timeline
     model = feed.model
     began = time.monotonic()
@@ -131,6 +136,8 @@ def _print_cost(setup: Setup, accelerator: Accelerator, steps: list[int], feed: 
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the measurement leaves the weights where they are
     rows, notes = [], []
+    room = available(device)
+    memory: list[list[Any]] = []
     training = measuring = computing = 0.0
     for number, (plan, count) in enumerate(zip(setup.plans, steps, strict=True)):
         scope.apply(plan, setup.backbone.anatomy, feed.homes)
@@ -140,6 +147,11 @@ def _print_cost(setup: Setup, accelerator: Accelerator, steps: list[int], feed: 
                 f"{plan.name}: what {plan.solver} takes on these features, as a rule seconds, is not in the estimate"
             )
         notes.append(f"{plan.name}: {once}")
+        forecast = foresee(setup, number, model, accelerator, (feed.train, feed.validation), once)
+        memory.append(_memory_row(number, plan.name, forecast, setup, start))
+        if forecast.total(setup.micro_batch_size) - forecast.weights > room:
+            rows.append([number + 1, plan.name, None, None])
+            continue  # to time it would end like the run
         batches, taken = _stand_ins(once, "train", micro_batches, model, accelerator)
         (measured,), also = _stand_ins(once, "validation", [held_out], model, accelerator)
         if feed.starts_pass(number):
@@ -167,10 +179,14 @@ def _print_cost(setup: Setup, accelerator: Accelerator, steps: list[int], feed: 
             training += min(seconds) * count
         share = len(setup.splits.validation) / len(held_out["indices"]) / accelerator.num_processes
         measuring += min(evaluating) * share * (1 if plan.solver else count / timeline.evaluate_every)
-        rows.append([number + 1, plan.name, *cost, f"{_peak_gb(device):.3g} GB"])
-    _show(
-        Table("Cost on this machine", ["phase", "trains", "per step", "in all", "peak memory so far"], rows)
-    )
+        rows.append([number + 1, plan.name, *cost])
+    _show(Table("Time on this machine", ["phase", "trains", "per step", "in all"], rows))
+    _show(_memory_table(memory, setup, device, start))
+    if any(row[2] is None for row in rows):
+        _say(
+            f"warning: {room / 1e9:.3g} GB of memory may be used beside what is loaded, and a phase needs more: "
+            "training.micro_batch_size=auto takes as many samples at once as fit"
+        )
     for note in notes:
         _say(f"frozen layers: {note}")
     if recipe.data.cache == "decoded":
@@ -193,24 +209,31 @@ def _stand_ins(
     if want is None:
         return batches, 0.0
     began = time.monotonic()
-    found = [run_prefix([want], batch, model, accelerator)[0] for batch in batches]
+    replaced = [with_features(want, batch, model, accelerator) for batch in batches]
     per_row = (time.monotonic() - began) / sum(len(batch["indices"]) for batch in batches)
-    given = [
-        {name: tensor for name, tensor in batch["inputs"].items() if name != "pixel_values"}
-        for batch in batches
-    ]
-    replaced = [
-        {**batch, "inputs": texts | features}
-        for batch, texts, features in zip(batches, given, found, strict=True)
-    ]
     return replaced, per_row * want.rows
 
 
-def _peak_gb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+def _memory_row(number: int, name: str, forecast: Forecast, setup: Setup, start: int) -> list[Any]:
+    size = setup.micro_batch_size
+    parts = (
+        forecast.weights,
+        forecast.gradients,
+        forecast.optimizer + forecast.average,
+        forecast.activations(size),
+    )
+    total = forecast.total(size) + (start - forecast.weights if forecast.on_cpu else 0)
+    return [number + 1, name, *(f"{part / 1e6:.3g} MB" for part in parts), f"{total / 1e9:.3g} GB"]
+
+
+def _memory_table(rows: list[list[Any]], setup: Setup, device: torch.device, start: int) -> Table:
+    columns = ["phase", "trains", "weights", "gradients", "optimizer", "activations", "at most"]
+    if device.type == "cpu":
+        what = f"At most: the resident set of a process; {start / 1e9:.3g} GB of it are there once all is loaded."
+    else:
+        what = "At most: what torch allocates on the device."
+    note = f"At {setup.micro_batch_size} samples a forward pass; an average counts as the optimizer's. {what}"
+    return Table("Memory", columns, rows, note)
 
 
 def _show(table: Table) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,12 +26,16 @@ class FreezeScope:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.asleep: list[nn.Module] = []
-        model.register_forward_pre_hook(lambda module, args: self.enforce())
+        self._hook = model.register_forward_pre_hook(lambda module, args: self.enforce())
 
     def enforce(self) -> None:
         """Put every sleeping module in eval mode."""
         for module in self.asleep:
             module.training = False
+
+    def release(self) -> None:
+        """Let go of the model: nothing is put to sleep any more."""
+        self._hook.remove()
 
     def apply(self, plan: PhasePlan, anatomy: Anatomy, module_groups: dict[str, str]) -> None:
         """Freeze what the phase does not train, and wake the rest.
@@ -48,6 +53,19 @@ class FreezeScope:
         self.asleep = [modules[name] for name in sleeping_modules(self.model, plan, anatomy, module_groups)]
         self.model.train()
         self.enforce()
+
+
+def average_of(model: nn.Module, decay: float, learned: Collection[str]) -> ModelEmaV3:
+    """Return an average of the weights of `model`; parameters not in `learned`, which never move, are the model's own.
+
+    To average a float32 tensor with itself gives the same bits.
+    """
+    average = ModelEmaV3(model, decay=decay)
+    owned = dict(model.named_parameters())
+    for name, parameter in average.module.named_parameters():
+        if name not in learned and parameter.dtype == torch.float32:
+            parameter.data = owned[name].data
+    return average
 
 
 def sleeping_modules(

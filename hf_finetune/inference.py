@@ -235,7 +235,10 @@ def _read_text(path: Path) -> str:
 def _loader(rows: Dataset, trained: Trained, accelerator: Accelerator) -> Any:
     dataset = EvalSet(rows, trained.labels, trained.backbone.input, max_length=trained.recipe.data.max_length)
     training = trained.recipe.training
-    size = max(BATCH_SIZE, training.micro_batch_size or training.batch_size // accelerator.num_processes)
+    micro = training.micro_batch_size
+    size = max(
+        BATCH_SIZE, micro if isinstance(micro, int) else training.batch_size // accelerator.num_processes
+    )
     tokens = eval_tokens(dataset.lengths, size, accelerator.device, training.micro_batch_tokens)
     return eval_loader(
         dataset,

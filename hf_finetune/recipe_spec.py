@@ -56,8 +56,9 @@ class TrainingSpec(Spec):
     """Optimizer steps, instead of epochs."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Samples per optimizer step over all processes."""
-    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Samples per device and forward pass; null = batch_size / processes."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Auto | None = None
+    """Samples per device and forward pass; null = batch_size / processes, auto = the largest part of that, halved as
+    often as it takes, that fits into memory. Gradients add up to the same batch_size."""
     micro_batch_tokens: Annotated[int, Field(ge=2)] | None = None
     """Tokens per device and forward pass at most, padding included: a batch of long texts takes more passes, others
     stay whole, and the result is the same; null = as many as `micro_batch_size` texts have."""

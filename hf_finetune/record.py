@@ -33,6 +33,7 @@ from hf_finetune.hub.reload import (
     samples_of,
     write_expected,
 )
+from hf_finetune.memory import Meter
 from hf_finetune.monitor import Best
 from hf_finetune.pace import Pace
 from hf_finetune.parallel import gathered, holding, unseen, write_whole
@@ -76,6 +77,8 @@ class Record:
     """Of a model whose processes hold shares: where the main one puts it together to write it."""
     locks: list[RunLock] = field(default_factory=list)
     """What keeps other processes from the folder; held by the main process."""
+    memory: Meter | None = None
+    """Counts from when everything is loaded."""
     _stop_metering: Callable[[], Emissions | None] | None = None
 
     @classmethod
@@ -298,6 +301,7 @@ class Record:
             why=self.why,
             wall_seconds=round(self._seconds(), 3),
             emissions=emissions,
+            memory=self.memory.facts() if self.memory else None,
             **self.pace.facts(before.get("seconds")),
         )
         if self.pace.seconds["training"]:
@@ -379,7 +383,7 @@ class Record:
 
 
 def start_accelerator(setup: Setup, record: Record) -> Accelerator:
-    """Return the accelerator in the recipe's precision, with its trackers running."""
+    """Return the accelerator in the recipe's precision, with its trackers running; memory counts from here."""
     trackers = setup.recipe.trackers
     with unseen():
         accelerator = accelerator_in(
@@ -392,4 +396,5 @@ def start_accelerator(setup: Setup, record: Record) -> Accelerator:
     if trackers:
         accelerator.init_trackers("hf_finetune", config={"recipe": dump_recipe(setup.recipe)})
         record.accelerator = accelerator
+    record.memory = Meter.start(accelerator.device)
     return accelerator

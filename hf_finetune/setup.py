@@ -45,6 +45,8 @@ MOST_WORKERS = 16
 """Processes that `data.workers: auto` starts at most for one that trains."""
 SMALL_IMAGE_SET = 200
 """Images that are loaded before worker processes would have started."""
+EVALUATED = 32
+"""Samples that are measured together at least: without gradients they take little memory."""
 
 
 @dataclass(frozen=True)
@@ -330,7 +332,7 @@ def _check_trackers(recipe: Recipe) -> None:
 
 
 def _micro_batch_size(recipe: Recipe, world_size: int) -> int:
-    """Return the samples per device and forward pass."""
+    """Return the samples per device and forward pass; all of a process's share for `auto`, see `forecast.ready`."""
     training = recipe.training
     share = training.batch_size // world_size
     if training.batch_size % world_size or share == 0:
@@ -338,7 +340,8 @@ def _micro_batch_size(recipe: Recipe, world_size: int) -> int:
             f"{recipe.where('training.batch_size')}: {training.batch_size} samples per optimizer step cannot be shared "
             f"equally by {world_size} processes. Choose a multiple of {world_size}."
         )
-    size = training.micro_batch_size or share
+    asked = training.micro_batch_size
+    size = asked if isinstance(asked, int) else share
     if share % size:
         raise RecipeError(
             f"{recipe.where('training.micro_batch_size')}: {size} does not divide the {share} samples each of "
@@ -398,8 +401,8 @@ def build_loaders(
         ),
         eval_loader(
             validation,
-            batch_size=max(32, micro),
-            tokens=eval_tokens(validation.lengths, max(32, micro), accelerator.device, tokens),
+            batch_size=max(EVALUATED, micro),
+            tokens=eval_tokens(validation.lengths, max(EVALUATED, micro), accelerator.device, tokens),
             **common(validation),
         ),
     )

@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.utils import ModelEmaV3
 
 from hf_finetune.augment.batch import mix, mixers
 from hf_finetune.compilation import compiled
@@ -19,7 +18,8 @@ from hf_finetune.data.targets import soft_targets
 from hf_finetune.errors import Interrupted
 from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.features.feed import Feed
-from hf_finetune.freeze import FreezeScope, check_frozen, fingerprints, frozen_tensors
+from hf_finetune.forecast import ready
+from hf_finetune.freeze import FreezeScope, average_of, check_frozen, fingerprints, frozen_tensors
 from hf_finetune.models.forward import placed
 from hf_finetune.monitor import Watch
 from hf_finetune.optim import build_optimizer, set_rates
@@ -30,7 +30,7 @@ from hf_finetune.recipe import Recipe
 from hf_finetune.record import Record, Status, start_accelerator
 from hf_finetune.runfolder import Run, load_run
 from hf_finetune.schedule import ReduceOnPlateau
-from hf_finetune.setup import Setup, prepare, process_state
+from hf_finetune.setup import Setup, process_state
 from hf_finetune.solve import solve
 from hf_finetune.stopping import asked_to_stop, named_failures, non_finite, watched_signals
 from hf_finetune.tasks.loss import sample_losses
@@ -66,7 +66,7 @@ def finetune(
     """
     started = time.monotonic()
     state = process_state()
-    setup = together(lambda: prepare(recipe, world_size=state.num_processes, device=state.device))
+    setup = ready(recipe, state, resumes=name if resume else None)
     progress = Progress(
         setup.timeline.total_steps,
         metric=setup.recipe.monitor.metric,
@@ -95,10 +95,8 @@ def finetune(
             record.check_reload(signals)
         record.status, record.why = status, why
     if record.status == "interrupted":
-        stopped = Interrupted(
-            f"{record.why}; the state is saved, `--output {record.path} --resume` continues"
-        )
-        raise by_everyone(stopped)
+        goes_on = f"the state is saved, `--output {record.path} --resume` continues"
+        raise by_everyone(Interrupted(f"{record.why}; {goes_on}"))
     return load_run(record.path)
 
 
@@ -112,13 +110,14 @@ def _train(
     set_seed(training.seed, device_specific=True)
 
     model = placed(setup.backbone.model, device, splits.modality)
-    ema = ModelEmaV3(model, decay=float(training.ema.decay)) if training.ema else None
+    shared = holding(world) == "fsdp2"
+    learned = {name for group in setup.groups for name in group.parameters}
+    ema = average_of(model, float(training.ema.decay), learned) if training.ema else None
     measured = ema.module if ema else model
     held = [model, measured] if ema else [model]
     record.whole = together(partial(share_out, setup.backbone, held, accelerator))
     feed = Feed(setup, accelerator, model)
-    scope, adapter = FreezeScope(model), setup.backbone.adapter
-    shared, parameters = holding(world) == "fsdp2", dict(model.named_parameters())
+    scope, adapter, parameters = FreezeScope(model), setup.backbone.adapter, dict(model.named_parameters())
     optimizer = build_optimizer(recipe.optimizer, setup.groups, parameters, shared=shared)
     optimizer = accelerator.prepare_optimizer(optimizer)
 

@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ),
     (
         "parts: each knows its own spec, none knows the recipe",
-        {"augment", "data", "models", "tasks.loss", "emissions", "evaluation", "features", "freeze", "fetch", "linear", "pace", "parallel", "progress", "report", "runfolder"},
+        {"augment", "data", "models", "tasks.loss", "emissions", "evaluation", "features", "freeze", "fetch", "linear", "memory", "pace", "parallel", "progress", "report", "runfolder"},
     ),
     (
         "recipe: the specs composed, read, checked and written",
@@ -36,7 +36,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("plan: a recipe on one backbone, one data set, one machine", {"compilation", "defaults", "precision", "timeline", "setup", "solvable"}),
     (
         "run: the loop and what it leaves behind",
-        {"checkpoint", "features.feed", "hub", "position", "record", "resume", "runlock", "solve", "stopping", "together", "train", "trained"},
+        {"checkpoint", "features.feed", "forecast", "hub", "position", "record", "resume", "runlock", "solve", "stopping", "together", "train", "trained"},
     ),
     ("entries: what people call", {"", "cli", "compare", "explain", "export", "inference"}),
 ]  # fmt: skip

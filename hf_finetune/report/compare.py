@@ -92,12 +92,13 @@ def comparison_table(runs: Mapping[str, Run], metric: str | None = None) -> Tabl
             arm.shown,
             _mean(arm, _best_epoch),
             _seconds(arm),
+            _memory(arm),
             _parameters(arm, len(totals) == 1),
             verdict,
         ]
         for arm, (verdict, _) in zip(compared, verdicts, strict=True)
     ]
-    columns = ("run", metric, "epoch", "seconds", "trainable", "beside the best")
+    columns = ("run", metric, "epoch", "seconds", "memory", "trainable", "beside the best")
     notes = [f"{total} parameters" for total in totals if total and len(totals) == 1]
     notes += ["in brackets the 95 % interval"] if any(arm.interval for arm in compared) else []
     notes += [NOTES[test] for test in NOTES if any(test == used for _, used in verdicts)]
@@ -255,6 +256,11 @@ def _best_epoch(run: Run) -> float | None:
 def _seconds(arm: Arm) -> str | None:
     seconds = _mean(arm, lambda run: run.status.get("wall_seconds"))
     return None if seconds is None else f"{seconds:.1f}" if seconds < 100 else f"{seconds:,.0f}"
+
+
+def _memory(arm: Arm) -> str | None:
+    bytes_used = _mean(arm, lambda run: (run.status.get("memory") or {}).get("peak"))
+    return None if bytes_used is None else f"{bytes_used / 1e9:.3g} GB"
 
 
 def _count(arm: Arm, which: str) -> str | None:

@@ -1,0 +1,330 @@
+"""What a run will take of memory, phase by phase, before it trains; and `micro_batch_size: auto`.
+
+What is kept is counted: weights, gradients of what learns, the optimizer's state, the average. What a forward and
+backward pass adds is watched on two and on three samples, tensor by tensor, and drawn out to the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from hf_finetune.data.loaders import Batch, EvalSet, TrainSet, collate
+from hf_finetune.defaults import Choice
+from hf_finetune.errors import RecipeError
+from hf_finetune.evaluation import to_device
+from hf_finetune.features.compute import BATCH, Want, run_prefix
+from hf_finetune.features.plan import Plan
+from hf_finetune.freeze import FreezeScope
+from hf_finetune.memory import Growth, available, optimizer_bytes, size_of
+from hf_finetune.models.forward import forward, placed
+from hf_finetune.models.load import module_groups
+from hf_finetune.optim import ParamGroup, build_optimizer
+from hf_finetune.precision import accelerator_in
+from hf_finetune.recipe import Recipe, load_recipe
+from hf_finetune.runfolder import RECIPE, newest_run
+from hf_finetune.setup import EVALUATED, Setup, build_sets, prepare
+from hf_finetune.spec import Auto
+from hf_finetune.tasks.loss import sample_losses
+from hf_finetune.together import together
+
+COUNTS = (2, 3)
+"""Samples of the two batches that are watched: BatchNorm cannot learn from one."""
+CPU_OVERHEAD = 1.5
+"""What glibc's gaps and the kernels' own buffers add to the tensors of a pass on a CPU. With every block mapped by
+itself there is next to nothing (ViT with LoRA: 498 MB seen, 497 foreseen); on glibc's heap 1.3 to 2.4 times was seen."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes that a phase takes on the device of one process."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """State of all that has learned by the end of the phase."""
+    average: int
+    samples: int
+    """One sample as it waits for its turn."""
+    share: int
+    """Samples this process has for each optimizer step."""
+    processes: int
+    on_cpu: bool
+    step: Growth
+    """A forward and backward pass, gradients included."""
+    others: tuple[tuple[Growth, int], ...]
+    """Passes without gradients, with their samples: an evaluation, the frozen layers computed once."""
+
+    @property
+    def kept(self) -> int:
+        """Bytes that stay between steps."""
+        buckets = self.gradients if self.processes > 1 else 0  # what processes send each other
+        return self.weights + self.optimizer + self.average + buckets
+
+    def activations(self, micro_batch_size: int) -> int:
+        """Return what a pass over a micro-batch takes beside gradients, at its worst moment."""
+        summed = self.gradients if self.share > micro_batch_size else 0  # those of the micro-batches before
+        waiting = self.samples * self.share if self.on_cpu else 0
+        return max(self._grown(self.step, micro_batch_size) + summed + waiting - self.gradients, 0)
+
+    def total(self, micro_batch_size: int) -> int:
+        """Return the bytes at the phase's worst moment."""
+        step = self.gradients + self.activations(micro_batch_size)
+        return self.kept + max(step, *(self._grown(growth, count) for growth, count in self.others))
+
+    def _grown(self, growth: Growth, count: int) -> int:
+        return round(growth.at(count) * (CPU_OVERHEAD if self.on_cpu else 1))
+
+
+def foresee(
+    setup: Setup,
+    phase: int,
+    model: nn.Module,
+    accelerator: Accelerator,
+    sets: tuple[TrainSet, EvalSet],
+    once: Plan | None = None,
+) -> Forecast:
+    """Return what a phase will take; the model is set up for it, and stays as it is.
+
+    Args:
+        setup: the run.
+        phase: its number.
+        model: on its device.
+        accelerator: in the run's precision.
+        sets: train and validation, as `build_sets` gives them.
+        once: what frozen layers compute once.
+    """
+    device, labels, train = accelerator.device, setup.splits.labels, sets[0].shown()
+    run = once.forward if once else forward
+    wants = once.wants if once else {}
+    samples, held_out = longest(train, max(COUNTS)), longest(sets[1], max(COUNTS))
+    learning, evaluated = samples, held_out
+    if "train" in wants:
+        learning = with_features(wants["train"], samples, model, accelerator)
+    if "validation" in wants:
+        evaluated = with_features(wants["validation"], held_out, model, accelerator)
+
+    def pass_over(batch: Batch, count: int) -> Tensor:
+        with accelerator.autocast():
+            logits = run(model, to_device({k: v[:count] for k, v in batch["inputs"].items()}, device))
+        return sample_losses(labels.kind, logits, batch["labels"][:count].to(device))
+
+    def step(count: int) -> None:
+        pass_over(learning, count).mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def evaluate(count: int) -> None:
+        pass_over(evaluated, count)
+
+    def prefix(count: int) -> None:
+        first = {**samples, "inputs": {name: tensor[:count] for name, tensor in samples["inputs"].items()}}
+        run_prefix(list(wants.values())[:1], first, model, accelerator)
+
+    with _untouched(model, device):
+        model.train()
+        step(min(COUNTS))  # what is built at a first pass is not built again
+        grown = Growth.of(step, COUNTS)
+        model.eval()
+        rows = min(max(EVALUATED, setup.micro_batch_size), max(1, len(sets[1])))
+        others = [(Growth.of(evaluate, COUNTS), rows)]
+        if wants:
+            others.append((Growth.of(prefix, COUNTS), BATCH))
+    learned = {name for plan in setup.plans[: phase + 1] for name in plan.multiples}
+    parameters = dict(model.named_parameters())
+    states = _states(setup, parameters)
+    averaged = [parameters[name] for group in setup.groups for name in group.parameters]
+    return Forecast(
+        weights=size_of([*model.parameters(), *model.buffers()]),
+        gradients=size_of([parameters[name] for name in setup.plans[phase].multiples]),
+        optimizer=sum(states[name] for name in learned),
+        average=size_of([*averaged, *model.buffers()]) if setup.recipe.training.ema else 0,
+        samples=size_of([tensor[:1] for tensor in learning["inputs"].values()]),
+        share=setup.recipe.training.batch_size // accelerator.num_processes,
+        processes=accelerator.num_processes,
+        on_cpu=device.type == "cpu",
+        step=grown,
+        others=tuple(others),
+    )
+
+
+def longest(data: EvalSet, count: int) -> Batch:
+    """Return a batch of the longest samples of a split, the shortest of all before them: where texts are padded,
+    networks compute with a mask. Rows come again where there are fewer.
+    """
+    order = np.arange(len(data)) if data.lengths is None else np.argsort(-data.lengths, kind="stable")
+    rows = [int(order[at % len(order)]) for at in range(-1, count - 1)]
+    keys: list[Any] = [(0, row) if isinstance(data, TrainSet) else row for row in rows]
+    return collate(
+        [data[key] for key in keys], tokenizer=None if data.tokens is None else data.tokens.tokenizer
+    )
+
+
+def with_features(want: Want, batch: Batch, model: nn.Module, accelerator: Accelerator) -> Batch:
+    """Return a batch with what a frozen prefix makes of it in place of images, beside the tokens of texts."""
+    given = {name: tensor for name, tensor in batch["inputs"].items() if name != "pixel_values"}
+    return {**batch, "inputs": given | run_prefix([want], batch, model, accelerator)[0]}
+
+
+@contextmanager
+def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Leave the model's buffers and mode, and every generator, as they were."""
+    buffers, was_training = [(each, each.clone()) for each in model.buffers()], model.training
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+            model.train(was_training)
+            with torch.no_grad():
+                for buffer, kept in buffers:
+                    buffer.copy_(kept)
+
+
+def _states(setup: Setup, parameters: dict[str, nn.Parameter]) -> dict[str, int]:
+    """Return what the optimizer keeps for each parameter that learns in some phase."""
+    found: dict[str, int] = {}
+    for group in setup.groups:
+
+        def build(name: str, parameter: nn.Parameter, group: ParamGroup = group) -> torch.optim.Optimizer:
+            alone = replace(group, parameters=(name,))
+            return build_optimizer(setup.recipe.optimizer, [alone], {name: parameter})
+
+        found |= optimizer_bytes(build, {name: parameters[name] for name in group.parameters})
+    return found
+
+
+def ready(recipe: Recipe, state: PartialState, *, resumes: str | None = None) -> Setup:
+    """Return what `prepare` does, with `training.micro_batch_size: auto` resolved, alike in every process.
+
+    Args:
+        recipe: what to do.
+        state: this process among the others.
+        resumes: the recipe's name, if the run may have begun earlier: it then goes on as it began.
+
+    Raises:
+        UserError: as `prepare`; or not even one sample fits.
+    """
+
+    def prepared(size: int | Auto | None) -> Setup:
+        sized = _sized(recipe, size)
+        return together(lambda: prepare(sized, world_size=state.num_processes, device=state.device))
+
+    if recipe.training.micro_batch_size != "auto":
+        return prepared(recipe.training.micro_batch_size)
+    size = together(lambda: _began_with(recipe, resumes), main_only=True) if resumes else None
+    if size is not None:
+        setup, why = prepared(size), "as the run began"
+    else:
+        setup = prepared("auto")
+        whole = setup.micro_batch_size
+        size, why = min(gather_object([together(partial(largest_that_fits, setup, state.device))]))
+        if size != whole:
+            del setup  # its memory is needed
+            setup = prepared(size)
+    choices = [*setup.choices, Choice("training.micro_batch_size", size, why)]
+    return replace(setup, recipe=_sized(setup.recipe, size), choices=choices)
+
+
+def largest_that_fits(setup: Setup, device: torch.device) -> tuple[int, str]:
+    """Return how many samples of this process's share fit into one forward pass, and why.
+
+    The share is halved as long as it does not fit. A GPU tries; on a CPU, where too much ends the process without an
+    error, the forecast is held against what is free.
+
+    Raises:
+        RecipeError: not even the smallest part fits.
+    """
+    whole, sizes = setup.micro_batch_size, []
+    size = whole
+    while not (setup.mixes and size % 2):  # samples are mixed in pairs
+        sizes.append(size)
+        if size % 2:
+            break
+        size //= 2
+    accelerator, sets = accelerator_in(setup.recipe.training.precision), build_sets(setup)
+    model = placed(setup.backbone.model, device, setup.splits.modality)
+    homes, scope = module_groups(model, setup.backbone.anatomy), FreezeScope(model)
+    fits = _tries if device.type == "cuda" else _has_room
+    try:
+        chosen, why = sizes[0], f"all {whole} samples fit"
+        for phase, plan in enumerate(setup.plans):
+            scope.apply(plan, setup.backbone.anatomy, homes)
+            forecast = foresee(setup, phase, model, accelerator, sets)
+            for tried in sizes[sizes.index(chosen) :]:
+                reason = fits(forecast, tried, model, setup, accelerator, sets[0])
+                if reason is None:
+                    chosen = tried
+                    break
+                why = f"of {whole} samples, {reason}"
+            else:
+                raise RecipeError(
+                    f"{setup.recipe.where('training.micro_batch_size')}: auto found no size that fits: {reason}. Of "
+                    "help are training.gradient_checkpointing: true, strategy: lora or frozen, backbone.quantize, a "
+                    "smaller data.max_length, and programs that end."
+                )
+    finally:
+        scope.release()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return chosen, why
+
+
+def _has_room(
+    forecast: Forecast, size: int, model: nn.Module, setup: Setup, accelerator: Accelerator, train: TrainSet
+) -> str | None:
+    """Return None where a phase fits at `size` samples a pass, else why not."""
+    needed = forecast.total(size) - forecast.weights  # which are here already
+    room = available(accelerator.device)
+    if needed <= room:
+        return None
+    return f"{size} would take {needed / 1e9:.3g} GB more, and {room / 1e9:.3g} GB may be used"
+
+
+def _tries(
+    forecast: Forecast, size: int, model: nn.Module, setup: Setup, accelerator: Accelerator, train: TrainSet
+) -> str | None:
+    """As `_has_room`, by two real passes beside a block of the size of what else is kept."""
+    device, batch = accelerator.device, longest(train.shown(), size)
+
+    def two_passes() -> None:  # a function of its own: what it held is free when it has failed
+        kept = torch.empty(forecast.kept - forecast.weights, dtype=torch.uint8, device=device)
+        for _ in range(2):  # the second beside the gradients of an earlier micro-batch
+            with accelerator.autocast():
+                logits = forward(model, to_device(batch["inputs"], device))
+            sample_losses(setup.splits.labels.kind, logits, batch["labels"].to(device)).mean().backward()
+        del kept
+
+    with _untouched(model, device):
+        model.train()
+        try:
+            two_passes()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return f"{size} ran out of the memory of {torch.cuda.get_device_name(device)}"
+    return None
+
+
+def _sized(recipe: Recipe, size: int | Auto | None) -> Recipe:
+    return recipe.model_copy(
+        update={"training": recipe.training.model_copy(update={"micro_batch_size": size})}
+    )
+
+
+def _began_with(recipe: Recipe, name: str | None) -> int | None:
+    """Return what `auto` became in the run that is to be resumed, None where there is none."""
+    folder = Path(recipe.output) if recipe.output else newest_run(str(name), recipe.backbone.id)
+    if folder is None or not (folder / RECIPE).is_file():
+        return None
+    size = load_recipe(folder / RECIPE).training.micro_batch_size
+    return size if isinstance(size, int) else None

