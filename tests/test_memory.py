@@ -88,8 +88,10 @@ def test_no_gradient_and_no_state_for_what_is_frozen(
     built: list[tuple[torch.optim.Optimizer, dict[str, torch.nn.Parameter]]] = []
     grown: set[str] = set()
 
-    def build(spec: Any, groups: Any, parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer = real(spec, groups, parameters)
+    def build(
+        spec: Any, groups: Any, parameters: dict[str, torch.nn.Parameter], **more: Any
+    ) -> torch.optim.Optimizer:
+        optimizer = real(spec, groups, parameters, **more)
         optimizer.register_step_pre_hook(
             lambda *_: grown.update(name for name, p in parameters.items() if p.grad is not None)
         )
