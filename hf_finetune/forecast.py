@@ -42,7 +42,7 @@ COUNTS = (2, 3)
 """Samples of the two batches that are watched: BatchNorm cannot learn from one."""
 CPU_OVERHEAD = 1.5
 """What glibc's gaps and the kernels' own buffers add to the tensors of a pass on a CPU. With every block mapped by
-itself there is next to nothing (ViT with LoRA: 498 MB seen, 497 foreseen); on its heap 1.3 to 2.4 times was seen."""
+itself it is next to nothing (ViT with LoRA: 498 MB seen, 497 foreseen); on glibc's heap 1.3 to 2.7 times was seen."""
 
 
 @dataclass(frozen=True)
