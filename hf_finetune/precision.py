@@ -67,8 +67,11 @@ def resolve_precision(
 def accelerator_in(precision: Precision, **options: Any) -> Accelerator:
     """Return an accelerator that computes in a resolved precision; `options` are accelerate's own."""
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    # torch runs convolutions in TF32 unless told otherwise: here fp32 means fp32.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    if (
+        torch.cuda.is_available()
+    ):  # torch runs convolutions in TF32 unless told otherwise: here fp32 means fp32
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
     mixed = precision if precision in {"bf16", "fp16"} else "no"
     return Accelerator(mixed_precision=mixed, **options)
 

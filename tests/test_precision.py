@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 import runs
 from hf_finetune import precision
 from hf_finetune.errors import RecipeError
+from hf_finetune.hub.reload import exact_logits
 from hf_finetune.models.forward import forward, sample_inputs
 from hf_finetune.models.load import Backbone
 from hf_finetune.setup import prepare
@@ -94,12 +96,31 @@ def test_tf32_is_refused_where_there_is_none() -> None:
         _backbone("resnet", training={"steps": 1, "precision": "tf32"})
 
 
-def test_fp32_means_fp32() -> None:
-    precision.accelerator_in("fp32", cpu=True)
-    assert not torch.backends.cuda.matmul.allow_tf32
-    assert not torch.backends.cudnn.allow_tf32
-    precision.accelerator_in("bf16", cpu=True)
-    assert torch.backends.cuda.matmul.allow_tf32
+@pytest.fixture
+def _flags() -> Iterator[None]:
+    matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@pytest.mark.usefixtures("_flags")
+def test_fp32_means_fp32_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = _backbone("resnet")
+    inputs = sample_inputs(backbone, 2, CPU)
+    monkeypatch.setattr(precision, "Accelerator", dict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for asked, matmul, convolutions in (
+        ("bf16", "high", True),
+        ("fp32", "highest", False),
+        ("tf32", "high", True),
+    ):
+        precision.accelerator_in(asked)  # type: ignore[arg-type]
+        exact_logits(
+            backbone.model, inputs
+        )  # in fp32 whatever training computes in; it puts back what it found
+        found = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        assert found == (matmul, convolutions)
 
 
 def test_a_run_in_bf16_ends_near_one_in_fp32(tmp_path: Path) -> None:

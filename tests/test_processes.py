@@ -219,7 +219,8 @@ def test_two_processes_end_where_one_does(name: str, tmp_path: Path) -> None:
     assert runs.same(felt(single), felt(double), tolerance=1e-5)
     for one, other in zip(single.rows, double.rows, strict=True):
         assert (one["step"], one["split"], one.get("lr")) == (other["step"], other["split"], other.get("lr"))
-        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        # a head fitted to the minimum on few samples gives logits in the tens, and losses with them
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5, rel=1e-4 if "solved" in name else None)
     # no sample is counted twice
     assert [row["metrics"] for row in runs.evaluations(double)] == [
         row["metrics"] for row in runs.evaluations(single)

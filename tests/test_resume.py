@@ -1026,6 +1026,7 @@ def learn(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@torch.compiler.set_stance("force_eager")  # kron would compile its step for most of a minute
 def test_an_optimizer_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     model = network()
     optimizer, names = optimizer_of(name, model)
