@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hf_finetune.errors import FinetuneError, Interrupted, UserError, did_you_mean
-from hf_finetune.host import quick_imports
+from hf_finetune.host import leave, quick_imports
 
 # typer carries its own copy of click or uses click itself, by version; the base of its usage errors is this class.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -301,6 +302,11 @@ def main(arguments: list[str] | None = None, *, command: Any = None) -> None:
         _leave("interrupted", Interrupted.exit_code)
 
 
+def run() -> None:
+    """Entry of `hf-finetune`: `main`, and the end of the process."""
+    leave(_code_of(main))
+
+
 def train_script() -> None:
     """Entry of scripts/train.py: `--recipe RECIPE [KEY=VALUE …] [--output DIR]`."""
 
@@ -319,7 +325,15 @@ def train_script() -> None:
 
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command()(script)
-    main(command=typer.main.get_command(single))
+    leave(_code_of(lambda: main(command=typer.main.get_command(single))))
+
+
+def _code_of(call: Callable[[], None]) -> int:
+    try:
+        call()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 def _is_run(folder: Path) -> bool:

@@ -85,6 +85,21 @@ def test_accelerate_launch_uses_all_cores(tmp_path: Path) -> None:
     assert f"threads {cores}" in done.stdout
 
 
+def test_the_end_of_the_process_is_orderly_and_quick() -> None:
+    code = (
+        "import atexit, sys, threading, time; from hf_finetune import host\n"
+        "atexit.register(print, 'first registered')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.3), print('thread done'))).start()\n"
+        "print('said')\n"
+        "class Lingers:\n    def __del__(self): print('freed')\n"
+        "kept = Lingers()\n"
+        "host.leave(7)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["said", "thread done", "first registered"]
+    assert (done.returncode, done.stderr) == (7, "")
+
+
 def test_imports_collect_no_garbage_and_leave_the_collector_on() -> None:
     assert gc.isenabled()
     with host.quick_imports():
