@@ -285,7 +285,7 @@ def _lay_out(samples: Samples, place: Path) -> None:
     )
     if "image" in samples.rows.column_names:
         for index in range(len(samples.rows)):
-            samples.rows[index]["image"].save(place / f"{index:02}.png")
+            samples.rows[index]["image"].save(place / f"{index:02}.png", compress_level=1)  # read once
     else:
         names = [name for name in ("text", "text_pair") if name in samples.rows.column_names]
         texts = [column_values(samples.rows, name) for name in names]
