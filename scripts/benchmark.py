@@ -29,7 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chart import draw
+from benchmarks.chart import draw, readable
 from benchmarks.job import BEGAN, Job
 from benchmarks.prepare_data import data_folder, generate_images, random_weights
 
@@ -310,8 +310,8 @@ def _ratio(these: list[Run], those: list[Run], key: str) -> str:
 def _cell(values: list[float]) -> str:
     if not values:
         return ""
-    middle = f"{statistics.median(values):.4g}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.4g} to {max(values):.4g})"
+    middle = readable(statistics.median(values))
+    return middle if len(values) == 1 else f"{middle} ({readable(min(values))} to {readable(max(values))})"
 
 
 def _versions() -> dict[str, str]:

@@ -13,6 +13,11 @@ PANELS = (
 )
 
 
+def readable(value: float) -> str:
+    """Return a figure as people read it: three digits that count, thousands in full."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw a bar for each arm (the median), a line from its least to its most, and a point for each run.
 
@@ -71,7 +76,7 @@ def _bars(axes: Any, values: dict[str, list[float]]) -> None:
                 [min(each), max(each)], [height, height], color="black", linewidth=1.2, solid_capstyle="butt"
             )
             axes.plot(each, [height] * len(each), "|", color="black", markersize=7)
-        axes.text(max(each) + 0.012 * widest, height, f"{middle:.3g}", va="center", fontsize=9)
+        axes.text(max(each) + 0.012 * widest, height, readable(middle), va="center", fontsize=9)
     axes.set_yticks(range(len(values)), labels=[arm.replace(":", " ") for arm in values])
     for label, arm in zip(axes.get_yticklabels(), values, strict=True):
         label.set_fontweight("bold" if arm.startswith("ours") else "normal")
