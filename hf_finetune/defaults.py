@@ -13,6 +13,7 @@ from hf_finetune.models.anatomy import HEAD, Anatomy, Family
 from hf_finetune.recipe import Recipe
 from hf_finetune.spec import Duration, Rate
 from hf_finetune.strategies.base import StrategySpec
+from hf_finetune.strategies.lp_ft import PROBE
 from hf_finetune.strategies.phase import BatchNorm, Solver
 
 
@@ -273,9 +274,12 @@ def _resolve_strategy(
     if getattr(strategy, "solver", None) == "auto":
         values["solver"] = solver
     if values.get("solver", (getattr(strategy, "solver", None), ""))[0]:
-        values["probe"] = (Duration(1, "steps"), "a solver takes one step")
+        values["probe"] = (
+            Duration(1, "steps"),
+            "a solver takes one step, and the run is shorter by what gradient steps take",
+        )
     else:
-        values["probe"] = (Duration(40, "%"), "long enough to converge, and most of the run is left")
+        values["probe"] = (PROBE, "long enough to converge, and most of the run is left")
     updates: dict[str, Any] = {}
     choices = []
     for field, (value, why) in values.items():

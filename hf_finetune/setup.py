@@ -196,16 +196,18 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         }
     )
 
-    timeline = build_timeline(recipe, len(splits.train))
+    solver: tuple[Solver | None, str] = (None, "")
+    planned = recipe.strategy
+    if getattr(planned, "solver", None) == "auto":
+        solver = choose_solver(recipe, backbone, splits, device, world_size)
+        planned = planned.model_copy(update={"solver": solver[0]})
+    timeline = build_timeline(recipe.model_copy(update={"strategy": planned}), len(splits.train))
     micro_batch_size = _micro_batch_size(recipe, world_size)
     _check_micro_batch_tokens(recipe, backbone.input)
     if holding(world_size) == "fsdp2" and precision == "fp16":
         raise RecipeError(
             f"{recipe.where('training.precision')}: fp16 is not supported under FSDP2. Use bf16 or fp32, or DDP."
         )
-    solver: tuple[Solver | None, str] = (None, "")
-    if getattr(recipe.strategy, "solver", None) == "auto":
-        solver = choose_solver(recipe, backbone, splits, device, world_size)
     recipe, resolved = resolve(
         recipe,
         anatomy=backbone.anatomy,

@@ -36,6 +36,7 @@ def build_timeline(recipe: Recipe, train_samples: int) -> Timeline:
     steps_per_epoch = math.ceil(train_samples / recipe.training.batch_size)
     epochs = recipe.training.epochs
     total = recipe.training.steps or max(1, round((epochs or 1) * steps_per_epoch))
+    total = recipe.strategy.steps_of(total)
     every = recipe.monitor.evaluate.to_steps(steps_per_epoch=steps_per_epoch, total_steps=total)
     return Timeline(steps_per_epoch, total, every)
 

@@ -24,6 +24,10 @@ class StrategySpec(Spec):
         """Steps of a run that solvers do alone, one for each phase; 0 where some phase takes gradient steps."""
         return 0
 
+    def steps_of(self, total: int) -> int:
+        """Return how many optimizer steps a run takes that is given `total`; called with the solver resolved."""
+        return total
+
     def to_adapter(self) -> AdapterSpec | None:
         """Return the adapters this strategy puts into the backbone; None for none."""
         return None
