@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -164,7 +165,8 @@ def test_train_prints_a_line_an_evaluation_and_where_it_is(
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("epoch ") for line in lines) == 2
     assert lines[-1].startswith("done: best accuracy")
-    assert lines[-1].endswith(f"all steps done; {tmp_path / 'run'}")
+    assert re.search(r"; all steps done; [\d.]+ GB of memory at most; ", lines[-1])
+    assert lines[-1].endswith(f"; {tmp_path / 'run'}")
     assert load_run(tmp_path / "run").status["status"] == "done"
 
 
@@ -216,7 +218,9 @@ def test_explain_with_any_optimizer(
 ) -> None:
     path = recipe_file(tmp_path, name="vit", strategy="full", optimizer={"name": optimizer, "lr": 1e-3})
     assert call("explain", path, "--output", str(tmp_path)) == 0
-    assert "Cost on this machine" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Time on this machine" in printed
+    assert re.search(r"(?m)^1 +all .* GB", printed), "what the phase takes of memory"
 
 
 # ---- evaluate ----------------------------------------------------------------------------------------------------
