@@ -220,7 +220,7 @@ def test_explain_with_any_optimizer(
     assert call("explain", path, "--output", str(tmp_path)) == 0
     printed = capsys.readouterr().out
     assert "Time on this machine" in printed
-    assert re.search(r"(?m)^1 +all .* GB", printed), "what the phase takes of memory"
+    assert re.search(r"(?m)^ *1 +all .* GB", printed), "what the phase takes of memory"
 
 
 # ---- evaluate ----------------------------------------------------------------------------------------------------
