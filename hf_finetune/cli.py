@@ -265,9 +265,10 @@ def run_recipe(
     if output is not None:
         loaded = loaded.model_copy(update={"output": output})
     if loaded.training.reload_check and _rank() == 0:
-        from hf_finetune.hub.fresh import warm_up
+        from hf_finetune.hub.fresh import fork_off
 
-        warm_up("torch")  # beside our own imports
+        with quick_imports():
+            fork_off("torch", "torchvision", "safetensors.torch")
     with quick_imports():
         from hf_finetune.train import finetune
 

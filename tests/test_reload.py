@@ -324,10 +324,30 @@ def test_one_process_serves_many_runs_and_a_lost_one_is_replaced(tmp_path: Path)
     assert all(ends(pid) for pid in (first, second))
 
 
+COMMAND = """
+import sys
+from hf_finetune import cli
+from hf_finetune.hub import fresh
+cli.main(["train", sys.argv[1], "--output", sys.argv[2]])
+print(type(fresh._reader.process).__name__)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+def test_the_command_forks_it_off_before_ours_is_loaded(tmp_path: Path) -> None:
+    recipe, out = tmp_path / "mine.yaml", tmp_path / "run"
+    recipe.write_text(dump_recipe(runs.recipe("resnet", **ONE)), encoding="utf-8")
+    command = [sys.executable, "-c", COMMAND, str(recipe), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "_Fork"
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["reload"]["compared"]
+
+
 PARENT = """
 import os, sys, time
 from hf_finetune.hub import fresh
-fresh.warm_up("json")
+fresh.{start}
 print(fresh._reader.process.pid, flush=True)
 {then}
 """
@@ -337,10 +357,10 @@ print(fresh._reader.process.pid, flush=True)
 @pytest.mark.parametrize(
     "then", ["", "sys.exit(3)", "os._exit(3)", "os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 15)"]
 )
-def test_no_process_is_left_behind(then: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PARENT.format(then=then)], capture_output=True, text=True, timeout=60
-    )
+@pytest.mark.parametrize("start", ['warm_up("json")', 'fork_off("wave")'])
+def test_no_process_is_left_behind(start: str, then: str) -> None:
+    code = PARENT.format(start=start, then=then)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ends(int(done.stdout))
 
 

@@ -28,9 +28,7 @@ FORKS = sys.platform.startswith("linux")
 def main() -> None:
     """Serve commands until the input ends."""
     if hasattr(os, "nice"):
-        os.nice(
-            10
-        )  # the run goes first: its threads wait for each other when one of them has to share a core
+        os.nice(10)  # the run goes first: its threads wait for each other when one has to share a core
     gc.disable()  # libraries are a million objects and no garbage: looking for it takes a sixth of their imports
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is not an answer
@@ -235,6 +233,4 @@ def _end_with(server: int) -> None:
 
 
 if __name__ == "__main__":
-    if hasattr(os, "nice"):
-        os.nice(5)  # the run comes first
     main()
