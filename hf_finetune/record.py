@@ -240,6 +240,8 @@ class Record:
 
     def _check_reload(self, signals: Sequence[str]) -> None:
         def on_wait() -> None:
+            import matplotlib.backends.backend_agg  # noqa: F401  draws the curves next; imported here it takes no time
+
             if signals:
                 raise Interrupted(f"stopped by {signals[0]} while the model was loaded to compare it")
 
