@@ -147,7 +147,7 @@ class DeepSpeed:
 
     def _wishes_of_optimizer(self, block: Mapping[str, Any]) -> Iterator[Wish]:
         params = block.get("params", {})
-        if kind := block.get("type"):
+        if kind := str(block.get("type") or ""):
             # DeepSpeed's Adam decays weights as AdamW does, unless it is told not to.
             is_adamw = kind.lower() == "adam" and params.get("adam_w_mode", True)
             yield Wish("optimizer.type", kind, "optimizer.name", "adamw" if is_adamw else kind.lower())
@@ -158,7 +158,7 @@ class DeepSpeed:
                 yield Wish(f"optimizer.params.{name}", value, key, value)
 
     def _wishes_of_scheduler(self, block: Mapping[str, Any]) -> Iterator[Wish]:
-        if kind := block.get("type"):
+        if kind := str(block.get("type") or ""):
             if kind not in _SCHEDULES:
                 raise UserError(
                     f"{self.where}: `scheduler.type: {kind}` is not supported. Known are {', '.join(_SCHEDULES)}. "
@@ -167,8 +167,9 @@ class DeepSpeed:
             yield Wish("scheduler.type", kind, "schedule.name", _SCHEDULES[kind])
         for name, value in block.get("params", {}).items():
             if name in _OF_A_SCHEDULER and value != "auto":
-                warms_up = name == "warmup_num_steps"
-                said = (str(Duration(value, "steps")) if value else None) if warms_up else value
+                said = value
+                if name == "warmup_num_steps" and _is_number(value):
+                    said = str(Duration(value, "steps")) if value else None
                 yield Wish(f"scheduler.params.{name}", value, _OF_A_SCHEDULER[name], said)
             elif not _is_off(value) and (name, value) != ("warmup_type", "linear"):
                 raise UserError(
@@ -203,7 +204,7 @@ def _read(environment: tuple[tuple[str, str | None], ...]) -> DeepSpeed:
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage == "auto":
         stage = int(_number(given[_STAGE] or "2", "zero_stage", where))
-    if not isinstance(zero, dict) or stage not in _STAGES:
+    if not isinstance(zero, dict) or stage not in tuple(_STAGES):
         raise UserError(
             f"{where}: `zero_optimization.stage` is {_plain(stage)}. Allowed are 0, 1, 2 and 3: set one of them."
         )
@@ -233,6 +234,9 @@ def _parsed(file: str, where: str) -> dict[str, Any]:
             found.get(name, {}).get("params", {}), dict
         ):
             raise UserError(f"{where}: `{name}` is {_plain(found[name])}. Give an object, or remove it.")
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", *_NUMBERS):
+        if not _is_number(value := found.get(name, 0)) and value != "auto":
+            raise UserError(f'{where}: `{name}` is {json.dumps(value)}. Give a number, or "auto".')
     return found
 
 
@@ -270,7 +274,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_true(value: Any) -> bool:
-    return str(value).lower() == "true"
+    return str(value).lower() in {"true", "1"}
 
 
 def _is_off(value: Any) -> bool:

@@ -212,6 +212,7 @@ REFUSED: dict[str, tuple[Any, dict[str, str], str]] = {
     ),
     "a list": ("[1]", {}, "is not a JSON object. Give the path of a file with one."),
     "a word for a block": ({"bf16": True}, {}, "`bf16` is true. Give an object, or remove it."),
+    "a number in quotes": ({"gradient_clipping": "0.5"}, {}, '`gradient_clipping` is "0.5". Give a number, or "auto".'),
     "not JSON": ("stage: 3", {}, "cannot be read: Expecting value: line 1 column 1 (char 0). Give the path of a JSON file."),
     "no file": (None, {"DEEPSPEED_CONFIG_FILE": "none.json"}, "(none.json) cannot be read: No such file or directory. Give"),
     "FSDP beside it": (None, {"USE_FSDP": "true"}, "asks for FSDP and for DeepSpeed. Ask for one of them."),
