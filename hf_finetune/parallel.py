@@ -2,7 +2,7 @@
 
 accelerate's config says which, by the environment that `accelerate launch` sets; the recipe says nothing of it. torch's
 `fully_shard` is called here, with layer groups as its units: accelerate's own way shards on GPUs alone, knows blocks by
-the names of their classes, and expects an optimizer that was built before.
+the names of their classes, and expects an optimizer that was built before. DeepSpeed's ZeRO stages run on it as well.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
+from hf_finetune import deepspeed
 from hf_finetune.errors import ModelError, UserError
 from hf_finetune.models.anatomies import module_groups
 from hf_finetune.models.anatomy import Anatomy
@@ -35,10 +36,6 @@ UNIT_SHARE = 0.01
 """A layer outside the blocks is gathered by itself from this share of the model's parameters on, else with the root."""
 
 _REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": (
-        "DeepSpeed is not supported. Its ZeRO stages 2 and 3 are FSDP2 with `fsdp_reshard_after_forward` false and "
-        "true: take scripts/launch/fsdp.yaml."
-    ),
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported. Take scripts/launch/fsdp.yaml or ddp.yaml.",
     "ACCELERATE_USE_PARALLELISM_CONFIG": (
         "`parallelism_config` is not supported: all processes share samples. Take scripts/launch/fsdp.yaml or ddp.yaml."
@@ -50,6 +47,7 @@ _REFUSED_OF_FSDP = {
         "`fsdp_activation_checkpointing` is not supported. Set it to false, and `training.gradient_checkpointing=true`."
     ),
 }
+_UNSEEN = ("ACCELERATE_USE_FSDP", deepspeed.FLAG, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
 
 
 def holding(processes: int) -> Holding:
@@ -61,8 +59,19 @@ def holding(processes: int) -> Holding:
     for flag, why in _REFUSED.items():
         if parse_flag_from_env(flag):
             raise UserError(f"accelerate's config: {why}")
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    zero = deepspeed.asked()
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if zero:
+            raise UserError("accelerate's environment asks for FSDP and for DeepSpeed. Ask for one of them.")
+        _check_fsdp()
+    elif not (zero and zero.stage):
         return "whole" if processes == 1 else "ddp"
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise UserError(f"FSDP2 needs a newer torch than {torch.__version__}. Update it, or train with DDP.")
+    return "whole" if processes == 1 else "fsdp2"
+
+
+def _check_fsdp() -> None:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(
@@ -74,23 +83,27 @@ def holding(processes: int) -> Holding:
             raise UserError(f"accelerate's config: {why}")
     if os.environ.get("FSDP_IGNORED_MODULES"):
         raise UserError("accelerate's config: `fsdp_ignored_modules` is not supported. Remove it.")
-    if not hasattr(FSDPModule, "reset_iter_state"):
-        raise UserError(f"FSDP2 needs a newer torch than {torch.__version__}. Update it, or train with DDP.")
-    return "whole" if processes == 1 else "fsdp2"
+
+
+def reshards() -> bool:
+    """Return whether weights are dropped between the forward and the backward pass, and gathered again."""
+    if zero := deepspeed.asked():
+        return zero.stage == 3
+    return parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
 
 
 @contextmanager
 def unseen() -> Iterator[None]:
-    """Hide from libraries that FSDP is asked for, inside.
+    """Hide from libraries that FSDP or DeepSpeed is asked for, inside.
 
-    transformers would load the weights in the first process alone, accelerate would expect to wrap the model itself.
+    transformers would load the weights in the first process alone; accelerate would expect to wrap the model itself,
+    want DeepSpeed's package, and divide every loss by the steps that its config accumulates over.
     """
-    asked = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    asked = {name: value for name in _UNSEEN if (value := os.environ.pop(name, None)) is not None}
     try:
         yield
     finally:
-        if asked is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = asked
+        os.environ.update(asked)
 
 
 def share_out(backbone: Backbone, models: Sequence[nn.Module], accelerator: Accelerator) -> nn.Module | None:
@@ -113,7 +126,7 @@ def share_out(backbone: Backbone, models: Sequence[nn.Module], accelerator: Acce
     inputs = sample_inputs(backbone, 1, accelerator.device)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     names = units(backbone.model, backbone.anatomy, inputs)
-    reshard = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
+    reshard = reshards()
     where = f"backbone '{backbone.source['id']}'"
     if scalars := [name for name, p in backbone.model.named_parameters() if not p.ndim]:
         raise ModelError(
@@ -202,7 +215,7 @@ def gathered(*models: nn.Module) -> Iterator[None]:
     """
     shared = [m for model in models for m in model.modules() if isinstance(m, FSDPModule)]
     roots = {id(model) for model in models}
-    reshard = parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", default=True)
+    reshard = reshards()
     for module in shared:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()

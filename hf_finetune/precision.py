@@ -13,6 +13,7 @@ from torch import nn
 from hf_finetune.errors import RecipeError
 from hf_finetune.models.backbone import Backbone
 from hf_finetune.models.forward import forward, placed, sample_inputs
+from hf_finetune.parallel import unseen
 from hf_finetune.recipe import Precision
 
 _PROBE_SAMPLES, _PROBE_SECONDS = 4, 0.4
@@ -73,7 +74,8 @@ def accelerator_in(precision: Precision, **options: Any) -> Accelerator:
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     mixed = precision if precision in {"bf16", "fp16"} else "no"
-    return Accelerator(mixed_precision=mixed, **options)
+    with unseen():
+        return Accelerator(mixed_precision=mixed, **options)
 
 
 def bf16_gain(backbone: Backbone, device: torch.device) -> float:

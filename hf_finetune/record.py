@@ -36,7 +36,7 @@ from hf_finetune.hub.reload import (
 from hf_finetune.memory import Meter
 from hf_finetune.monitor import Best
 from hf_finetune.pace import Pace
-from hf_finetune.parallel import gathered, holding, unseen, write_whole
+from hf_finetune.parallel import gathered, holding, write_whole
 from hf_finetune.precision import accelerator_in
 from hf_finetune.recipe import dump_recipe
 from hf_finetune.report.curves import save_curves
@@ -387,14 +387,13 @@ class Record:
 def start_accelerator(setup: Setup, record: Record) -> Accelerator:
     """Return the accelerator in the recipe's precision, with its trackers running; memory counts from here."""
     trackers = setup.recipe.trackers
-    with unseen():
-        accelerator = accelerator_in(
-            setup.recipe.training.precision,
-            log_with=trackers or None,
-            # A model may own parameters that its forward does not use (a mask token): DDP must not wait for them.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-            project_config=ProjectConfiguration(str(record.path), logging_dir=str(record.path / "trackers")),
-        )
+    accelerator = accelerator_in(
+        setup.recipe.training.precision,
+        log_with=trackers or None,
+        # A model may own parameters that its forward does not use (a mask token): DDP must not wait for them.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        project_config=ProjectConfiguration(str(record.path), logging_dir=str(record.path / "trackers")),
+    )
     if trackers:
         accelerator.init_trackers("hf_finetune", config={"recipe": dump_recipe(setup.recipe)})
         record.accelerator = accelerator

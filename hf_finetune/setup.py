@@ -16,7 +16,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader
 
-from hf_finetune import host
+from hf_finetune import deepspeed, host
 from hf_finetune.augment.presets import resolve_augment
 from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, AugmentationSpec
 from hf_finetune.compilation import resolve_compile
@@ -95,7 +95,8 @@ def process_state() -> PartialState:
     if several:
         atexit.register(_leave_group)
     host.keep_freed_memory()
-    state = PartialState(cpu=cpu)
+    with unseen():
+        state = PartialState(cpu=cpu)
     if state.device.type == "cpu" and (threads := host.threads_to_use()):
         torch.set_num_threads(threads)
     return state
@@ -254,7 +255,11 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         recipe = recipe.model_copy(update={"training": training})
     groups = group_parameters(reached, backbone.anatomy)
     # An optimizer that cannot be built is refused here, before a run folder is made for it.
-    build_optimizer(recipe.optimizer, groups, dict(backbone.model.named_parameters()))
+    optimizer = build_optimizer(recipe.optimizer, groups, dict(backbone.model.named_parameters()))
+    if zero := deepspeed.asked():
+        told = recipe.model_dump(mode="json")
+        told["optimizer"]["options"] = optimizer.defaults | told["optimizer"]["options"]
+        notes += zero.agree(told, world_size, micro_batch_size)
     weights = class_weights(recipe.data, splits.labels, splits.train_counts)
     return Setup(
         recipe,

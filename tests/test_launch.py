@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import prepare_multi_gpu_env
+from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from hf_finetune.parallel import holding
 
@@ -18,14 +18,18 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "scripts" / "launch"
 
 
-@pytest.mark.parametrize(("config", "held"), [("ddp.yaml", "ddp"), ("fsdp.yaml", "fsdp2")])
+@pytest.mark.parametrize(
+    ("config", "held"), [("ddp.yaml", "ddp"), ("fsdp.yaml", "fsdp2"), ("deepspeed.yaml", "fsdp2")]
+)
 def test_accelerate_asks_for_what_the_config_says(
     config: str, held: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["--config_file", str(LAUNCH / config), "--num_processes", "4", "scripts/train.py"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     assert args.num_processes == 4
-    for name, value in prepare_multi_gpu_env(args).items():
+    args.deepspeed_fields_from_accelerate_config = ""  # set where DeepSpeed is installed
+    asked = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    for name, value in asked.items():
         if name.startswith(("ACCELERATE_", "FSDP_")):
             monkeypatch.setenv(name, value)
     assert holding(4) == held
