@@ -125,8 +125,9 @@ def _matrix(
     return [d, -b, d * left - b * top + x, -c, a, -c * left + a * top + y, *fill]
 
 
-def _rotation(image: Tensor, angle: float, fill: Sequence[float], **_: Any) -> list[float]:
-    return _matrix(image, -angle, (0, 0), (0, 0), fill)
+def _rotate(image: StandIn, angle: float, fill: Sequence[float], **_: Any) -> Any:
+    """Note a rotation as the affine map that it is."""
+    return F.affine(image, angle=-angle, translate=[0, 0], scale=1.0, shear=[0.0, 0.0], fill=list(fill))
 
 
 # ---- what is done to a batch: to Pillow's rules, in whole numbers where it computes in those -------------------
@@ -224,7 +225,6 @@ def _normalise(images: Tensor, numbers: Tensor) -> Tensor:
 TABLE: tuple[Operation, ...] = (
     Operation(F.horizontal_flip, lambda _: (), lambda images, _: images.flip(-1)),
     Operation(F.vertical_flip, lambda _: (), lambda images, _: images.flip(-2)),
-    Operation(F.rotate, _rotation, _affine),
     Operation(F.affine, _matrix, _affine),
     Operation(F.adjust_brightness, lambda _, brightness_factor: [brightness_factor], _brightness),
     Operation(F.adjust_contrast, lambda _, contrast_factor: [contrast_factor], _contrast),
@@ -256,3 +256,4 @@ def _note(number: int, operation: Operation, image: StandIn, *given: Any, **name
 
 for _number, _operation in enumerate(TABLE, 1):
     F.register_kernel(_operation.functional, StandIn)(partial(_note, _number, _operation))
+F.register_kernel(F.rotate, StandIn)(_rotate)
