@@ -120,6 +120,17 @@ def decoding_needs_images(recipe: Recipe) -> Iterator[Conflict]:
         )
 
 
+def only_images_go_to_the_accelerator(recipe: Recipe) -> Iterator[Conflict]:
+    """Words are changed before they are tokenised."""
+    text = next((key for key, modality in _modality(recipe) if modality == "text"), None)
+    if recipe.data.augment_on == "accelerator" and text:
+        yield Conflict(
+            ("data.augment_on", text),
+            "the accelerator augments images; words are changed before they are tokenised",
+            "remove the key",
+        )
+
+
 def mixing_needs_pairs(recipe: Recipe) -> Iterator[Conflict]:
     """mixup and cutmix blend samples 2k and 2k+1 of a forward pass, so their number is even."""
     for key in _mixing(recipe):
@@ -589,6 +600,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     modalities_agree,
     augmentations_fit_the_modality,
     decoding_needs_images,
+    only_images_go_to_the_accelerator,
     mixing_needs_pairs,
     mixing_needs_classes,
     smoothing_needs_classes,

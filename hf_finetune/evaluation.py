@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from hf_finetune.augment.device import OPERATIONS, finish
 from hf_finetune.data.labels import Labels
 from hf_finetune.models.load import forward
 from hf_finetune.parallel import gathered
@@ -89,10 +90,14 @@ def _chosen(labels: np.ndarray) -> list[list[int]]:
 
 
 def to_device(inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Move a batch's inputs; images in channels_last, which convolutions run fastest in."""
-    return {
+    """Move a batch's inputs and finish its images there; these in channels_last, which convolutions run fastest in."""
+    moved = {
         name: tensor.to(device, non_blocking=True, memory_format=torch.channels_last)
         if tensor.ndim == 4
         else tensor.to(device, non_blocking=True)
         for name, tensor in inputs.items()
+        if name != OPERATIONS
     }
+    if OPERATIONS in inputs:
+        moved["pixel_values"] = finish(moved["pixel_values"], inputs[OPERATIONS])
+    return moved

@@ -19,6 +19,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from hf_finetune.augment.device import OPERATIONS
 from hf_finetune.data.loaders import Batch, EvalSet, TrainSet, collate
 from hf_finetune.defaults import Choice
 from hf_finetune.errors import RecipeError
@@ -33,7 +34,7 @@ from hf_finetune.optim import ParamGroup, build_optimizer
 from hf_finetune.precision import accelerator_in
 from hf_finetune.recipe import Recipe, load_recipe
 from hf_finetune.runfolder import RECIPE, newest_run
-from hf_finetune.setup import EVALUATED, Setup, build_sets, prepare
+from hf_finetune.setup import AUGMENT_ON, EVALUATED, Setup, build_sets, prepare
 from hf_finetune.spec import Auto
 from hf_finetune.tasks.loss import sample_losses
 from hf_finetune.together import together
@@ -43,6 +44,8 @@ COUNTS = (2, 3)
 CPU_OVERHEAD = 1.5
 """What glibc's gaps and the kernels' own buffers add to the tensors of a pass on a CPU. With every block mapped by
 itself it is next to nothing (ViT with LoRA: 498 MB seen, 497 foreseen); on glibc's heap 1.3 to 2.7 times was seen."""
+MICRO_BATCH_SIZE = "training.micro_batch_size"
+AS_IT_BEGAN = "as the run began"
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,9 @@ def longest(data: EvalSet, count: int) -> Batch:
 
 def with_features(want: Want, batch: Batch, model: nn.Module, accelerator: Accelerator) -> Batch:
     """Return a batch with what a frozen prefix makes of it in place of images, beside the tokens of texts."""
-    given = {name: tensor for name, tensor in batch["inputs"].items() if name != "pixel_values"}
+    given = {
+        name: tensor for name, tensor in batch["inputs"].items() if name not in ("pixel_values", OPERATIONS)
+    }
     return {**batch, "inputs": given | run_prefix([want], batch, model, accelerator)[0]}
 
 
@@ -216,15 +221,17 @@ def ready(recipe: Recipe, state: PartialState, *, resumes: str | None = None) ->
         UserError: as `prepare`; or not even one sample fits.
     """
 
+    began = together(lambda: _began_with(recipe, resumes), main_only=True) if resumes else {}
+
     def prepared(size: int | Auto | None) -> Setup:
         sized = _sized(recipe, size)
-        return together(lambda: prepare(sized, world_size=state.num_processes, device=state.device))
+        setup = together(lambda: prepare(sized, world_size=state.num_processes, device=state.device))
+        return _augmenting_alike(setup, began) if recipe.data.augment_on == "auto" else setup
 
     if recipe.training.micro_batch_size != "auto":
         return prepared(recipe.training.micro_batch_size)
-    size = together(lambda: _began_with(recipe, resumes), main_only=True) if resumes else None
-    if size is not None:
-        setup, why = prepared(size), "as the run began"
+    if isinstance(size := began.get(MICRO_BATCH_SIZE), int):
+        setup, why = prepared(size), AS_IT_BEGAN
     else:
         setup = prepared("auto")
         whole = setup.micro_batch_size
@@ -232,7 +239,7 @@ def ready(recipe: Recipe, state: PartialState, *, resumes: str | None = None) ->
         if size != whole:
             del setup  # its memory is needed
             setup = prepared(size)
-    choices = [*setup.choices, Choice("training.micro_batch_size", size, why)]
+    choices = [*setup.choices, Choice(MICRO_BATCH_SIZE, size, why)]
     return replace(setup, recipe=_sized(setup.recipe, size), choices=choices)
 
 
@@ -321,10 +328,27 @@ def _sized(recipe: Recipe, size: int | Auto | None) -> Recipe:
     )
 
 
-def _began_with(recipe: Recipe, name: str | None) -> int | None:
-    """Return what `auto` became in the run that is to be resumed, None where there is none."""
+def _augmenting_alike(setup: Setup, began: dict[str, Any]) -> Setup:
+    """Return a setup that augments where the run began to, else where the main process does: cores may differ."""
+    if AUGMENT_ON in began:
+        choice = Choice(AUGMENT_ON, began[AUGMENT_ON], AS_IT_BEGAN)
+    else:
+        choice = together(
+            lambda: next(each for each in setup.choices if each.key == AUGMENT_ON), main_only=True
+        )
+    data = setup.recipe.data.model_copy(update={"augment_on": choice.value})
+    return replace(
+        setup,
+        recipe=setup.recipe.model_copy(update={"data": data}),
+        choices=[choice if each.key == AUGMENT_ON else each for each in setup.choices],
+    )
+
+
+def _began_with(recipe: Recipe, name: str | None) -> dict[str, Any]:
+    """Return what keys whose `auto` depends on the machine became in the run that is to be resumed, if there is one."""
     folder = Path(recipe.output) if recipe.output else newest_run(str(name), recipe.backbone.id)
     if folder is None or not (folder / RECIPE).is_file():
-        return None
-    size = load_recipe(folder / RECIPE).training.micro_batch_size
-    return size if isinstance(size, int) else None
+        return {}
+    was = load_recipe(folder / RECIPE)
+    values = {MICRO_BATCH_SIZE: was.training.micro_batch_size, AUGMENT_ON: was.data.augment_on}
+    return {key: value for key, value in values.items() if value != "auto"}

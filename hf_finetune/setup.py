@@ -21,6 +21,7 @@ from hf_finetune.augment.presets import resolve_augment
 from hf_finetune.augment.spec import BATCH_AUGMENTATIONS, AugmentationSpec
 from hf_finetune.compilation import resolve_compile
 from hf_finetune.data.loaders import EvalSet, TrainSet, eval_loader, eval_tokens, train_loader
+from hf_finetune.data.spec import AugmentOn
 from hf_finetune.data.splits import Splits, load_splits
 from hf_finetune.data.stream_loader import StreamSet
 from hf_finetune.data.stream_splits import load_streams
@@ -41,6 +42,7 @@ from hf_finetune.tasks import TASKS
 from hf_finetune.tasks.metrics import EVALUATE_PREFIX, default_metric, load_from_evaluate, metric_mode
 from hf_finetune.timeline import Timeline, build_timeline, reachable
 
+AUGMENT_ON = "data.augment_on"
 MOST_WORKERS = 16
 """Processes that `data.workers: auto` starts at most for one that trains."""
 SMALL_IMAGE_SET = 200
@@ -135,6 +137,11 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
             f"{recipe.where('data.cache')}: '{recipe.data.cache}' keeps images, and the data holds texts, which are "
             "tokenised once in any case. Remove the key."
         )
+    if splits.modality == "text" and recipe.data.augment_on == "accelerator":
+        raise RecipeError(
+            f"{recipe.where('data.augment_on')}: 'accelerator' changes images, and the data holds texts, whose words "
+            "are changed before they are tokenised. Remove the key."
+        )
 
     if recipe.strategy.from_scratch and recipe.backbone.pretrained:
         choices.append(
@@ -175,6 +182,9 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     workers, why = worker_count(recipe.data.workers, splits.modality, len(splits.train), beside, device)
     if recipe.data.workers == "auto":
         choices.append(Choice("data.workers", workers, why))
+    augment_on, why = augmenting_on(recipe.data.augment_on, splits.modality, beside, device)
+    if recipe.data.augment_on == "auto":
+        choices.append(Choice(AUGMENT_ON, augment_on, why))
     metric = recipe.monitor.metric
     if metric == "auto":
         metric = default_metric(splits.labels.kind)
@@ -191,7 +201,7 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
             "task": task,
             "cache": cache,
             "augment": augment,
-            "data": recipe.data.model_copy(update={"workers": workers}),
+            "data": recipe.data.model_copy(update={"workers": workers, "augment_on": augment_on}),
             "training": recipe.training.model_copy(update={"precision": precision}),
             "monitor": recipe.monitor.model_copy(update={"metric": metric, "mode": mode}),
         }
@@ -376,14 +386,17 @@ def build_sets(setup: Setup) -> tuple[TrainSet, EvalSet]:
     """Return train and validation as the model reads them."""
     recipe, splits, model_input = setup.recipe, setup.splits, setup.backbone.input
     max_length = recipe.data.max_length
-    common: dict[str, Any] = {"seed": recipe.training.seed, "max_length": max_length}
+    on_device = recipe.data.augment_on == "accelerator"
+    common: dict[str, Any] = {"seed": recipe.training.seed, "max_length": max_length, "on_device": on_device}
     train: TrainSet
     if isinstance(splits.train, Stream):
         train = StreamSet(splits.train, splits.labels, model_input, setup.augmentations, **common)
     else:
         common["shrink"] = recipe.data.cache == "decoded"
         train = TrainSet(splits.train, splits.labels, model_input, setup.augmentations, **common)
-    return train, EvalSet(splits.validation, splits.labels, model_input, max_length=max_length)
+    return train, EvalSet(
+        splits.validation, splits.labels, model_input, max_length=max_length, on_device=on_device
+    )
 
 
 def build_loaders(
@@ -431,6 +444,28 @@ def worker_count(
     return min(MOST_WORKERS, max(1, cores - 1)), f"{cores} cores for each process"
 
 
+def augmenting_on(
+    asked: AugmentOn, modality: str, world_size: int, device: torch.device
+) -> tuple[AugmentOn, str]:
+    """Return where images of the model's size are augmented, and why: where something is likely to be idle."""
+    if asked != "auto":
+        return asked, "as the recipe says"
+    if modality == "text":
+        return "workers", "words are changed before they are tokenised"
+    cores = cores_per_process(world_size)
+    if device.type != "cuda":
+        return (
+            "workers",
+            f"the model computes on a {device.type} device; only a GPU is taken to have time left",
+        )
+    if cores > MOST_WORKERS:
+        return "workers", f"{cores} cores for each process keep {MOST_WORKERS} workers busy"
+    return (
+        "accelerator",
+        f"{cores} cores for each process, too few for {MOST_WORKERS} workers: a GPU would wait",
+    )
+
+
 def cores_per_process(world_size: int) -> int:
     """Return the CPU cores that each training process on this machine may use."""
     ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -446,4 +481,6 @@ def less_waiting(setup: Setup) -> list[str]:
         helps.append("`data.cache: decoded` decodes every image once")
     if int(data.workers) < (idle := cores_per_process(int(os.environ.get("WORLD_SIZE", "1"))) - 1):
         helps.append(f"`data.workers: {idle}` loads with more of the cores (now {data.workers})")
+    if data.augment_on == "workers" and torch.cuda.is_available():
+        helps.append(f"`{AUGMENT_ON}: accelerator` leaves workers less to do")
     return helps

@@ -1106,6 +1106,34 @@ BROKEN = [
         """,
     ),
     Broken(
+        "texts on the accelerator",
+        """
+        task: text-classification
+        backbone: shipped/minilm
+        data: {path: shipped/reviews, augment_on: accelerator}
+        strategy: full
+        """,
+        """
+        recipe.yaml:3: data.augment_on
+          given accelerator, with task: text-classification (recipe.yaml:1)
+          the accelerator augments images; words are changed before they are tokenised
+          remove the key
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
+        "images augmented elsewhere",
+        """
+        strategy: full
+        data: {augment_on: gpu}
+        """,
+        """
+        recipe.yaml:2: data.augment_on
+          given gpu; allowed: auto, workers or accelerator
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
         "images kept in another form",
         """
         strategy: full

@@ -37,6 +37,10 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "cnn frozen, micro-batches": ("resnet", {"strategy": "frozen", "training": {"micro_batch_size": 2}}),
     "text, by length": ("bert-dry", FULL),
     "mixup": ("vit", FULL | {"augment": ["mixup", "horizontal_flip"]}),
+    "augmented on the device": (
+        "vit",
+        FULL | {"augment": ["random_crop", "rand_augment", "random_erasing"], "data": {"augment_on": "accelerator"}},
+    ),
     "cutmix, odd share": ("vit", FULL | {"augment": ["cutmix"], "training": {"batch_size": 6}}),
     "ema": ("vit", FULL | {"training": {"ema": {"decay": 0.5}}}),
     "a stream": ("vit", FULL | {"augment": ["mixup"], "data": {"streaming": True, "shuffle_buffer": 8}}),

@@ -140,6 +140,11 @@ CASES = {
         {"strategy": "frozen", "augment": ["random_resized_crop", "mixup"]},
         lambda folder: IMAGES,
     ),
+    "images, augmented on the device": (
+        "resnet",
+        {"strategy": "frozen", "augment": ["random_resized_crop", "rand_augment", "mixup"]},
+        lambda folder: IMAGES | {"augment_on": "accelerator"},
+    ),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from hf_finetune.augment.batch import mix, mixers
+from hf_finetune.augment.device import OPERATIONS, finish
 from hf_finetune.augment.image import build_eval_transform, denormalise
 from hf_finetune.data.targets import soft_targets
 from hf_finetune.models.backbone import ImageInput
@@ -44,10 +45,7 @@ def _draw_images(train_set: TrainSet, indices: list[int], views: int) -> Figure:
     columns = [("original", originals, targets)]
     mixing = mixers(train_set.augmentations)
     for epoch in range(views):
-        pixels, mixed = (
-            torch.stack([train_set.view(epoch, index)["pixel_values"] for index in indices]),
-            targets,
-        )
+        pixels, mixed = _views(train_set, epoch, indices), targets
         if mixing:
             pixels, mixed = mix(pixels, targets, indices, mixing=mixing, seed=train_set.seed, epoch=epoch)
         columns.append((f"epoch {epoch + 1}", pixels, mixed))
@@ -63,6 +61,13 @@ def _draw_images(train_set: TrainSet, indices: list[int], views: int) -> Figure:
             title = _label_words(train_set, labels[row]) if column == 0 or mixing else ""
             axis.set_title(f"{heading}\n{title}".rstrip() if row == 0 else title, fontsize=8)
     return figure
+
+
+def _views(train_set: TrainSet, epoch: int, indices: list[int]) -> torch.Tensor:
+    samples = [train_set.view(epoch, index) for index in indices]
+    inputs = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    pixels = inputs["pixel_values"]
+    return finish(pixels, inputs[OPERATIONS]) if OPERATIONS in inputs else pixels
 
 
 def _draw_texts(train_set: TrainSet, indices: list[int], views: int) -> Figure:

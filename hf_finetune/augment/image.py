@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from hf_finetune.augment import spec as specs
+from hf_finetune.augment.device import OPERATIONS, Later
 from hf_finetune.augment.rng import sample_rng as sample_rng
 from hf_finetune.augment.spec import AugmentationSpec
 from hf_finetune.models.backbone import ImageInput
@@ -41,7 +42,9 @@ class ImageTransform:
     crop: tuple[Step, ...]
     """What comes next in every view: the evaluation crop, or nothing."""
     rest: Callable[[Image.Image], Tensor]
-    """PIL -> float32 (3, H, W), with what is random: call it inside `sample_rng`."""
+    """PIL -> float32 (3, H, W), with what is random: call it inside `sample_rng`. With `later`: -> uint8 (3, H, W)."""
+    later: Later | None = None
+    """What the device does to these when they are a batch, if anything; `device.finish` does it."""
 
     def fixed(self, image: Image.Image) -> Image.Image:
         """Return the image as far as every view of it is the same."""
@@ -51,8 +54,13 @@ class ImageTransform:
         return scaled
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Return what the model reads."""
+        """Return what the model reads; with `later`, what the device makes that of."""
         return self.rest(self.fixed(image))
+
+    def inputs(self, image: Image.Image) -> dict[str, Tensor]:
+        """Return what a sample holds of an image that has been through `fixed`; call it inside `sample_rng`."""
+        pixels = {"pixel_values": self.rest(image)}
+        return pixels | {OPERATIONS: self.later.draw()} if self.later else pixels
 
     def fixed_size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of what `fixed` makes of an image of this size."""
@@ -66,40 +74,63 @@ class ImageTransform:
         return {"scale": self.scale.describe() if self.scale else None, "crop": bool(self.crop)}
 
 
-def build_eval_transform(image_input: ImageInput) -> ImageTransform:
+def build_eval_transform(image_input: ImageInput, *, on_device: bool = False) -> ImageTransform:
     """Return PIL RGB -> float32 (3, H, W) as the checkpoint was measured: resize, crop, normalise.
 
-    The result is that of `timm.data.create_transform(..., is_training=False)` for the same configuration.
+    The result is that of `timm.data.create_transform(..., is_training=False)` for the same configuration. With
+    `on_device` it is uint8, and the device normalises.
     """
-    normalise = v2.Compose(_normalise(image_input))
-    return ImageTransform(EvalScale(image_input), tuple(_crop(image_input)), normalise)
+    return ImageTransform(
+        EvalScale(image_input), tuple(_crop(image_input)), *_halves([], [], [], image_input, on_device)
+    )
 
 
 def build_train_transform(
-    augmentations: Sequence[AugmentationSpec], image_input: ImageInput, *, shrink: bool = False
+    augmentations: Sequence[AugmentationSpec],
+    image_input: ImageInput,
+    *,
+    shrink: bool = False,
+    on_device: bool = False,
 ) -> ImageTransform:
     """Return PIL RGB -> float32 (3, H, W) with the image augmentations of the list in their order.
 
     Without a random crop in the list the evaluation resize and crop come first. With `shrink`, where
-    `random_resized_crop` comes first, it is given an image no larger than its smallest crop needs (see `Shrink`).
+    `random_resized_crop` comes first, it is given an image no larger than its smallest crop needs (see `Shrink`). With
+    `on_device` the result is uint8, and what follows the last random crop is left to the device.
     """
     image_specs = [each for each in augmentations if each.name in specs.IMAGE_AUGMENTATIONS]
-    steps: list[Step] = []
-    for each in image_specs:
-        if each.name not in ON_TENSORS:
-            steps += BUILDERS[each.name](each, image_input)
-    steps += _normalise(image_input)
-    for each in image_specs:
-        if each.name in ON_TENSORS:
-            steps += BUILDERS[each.name](each, image_input)
-    if not any(each.name in CROPS for each in image_specs):
-        return ImageTransform(EvalScale(image_input), tuple(_crop(image_input)), v2.Compose(steps))
+    on_images = [each for each in image_specs if each.name not in ON_TENSORS]
+    cut = max((at for at, each in enumerate(on_images, 1) if each.name in CROPS), default=0)
+    first, then, last = (
+        [step for each in part for step in BUILDERS[each.name](each, image_input)]
+        for part in (
+            on_images[:cut],
+            on_images[cut:],
+            [each for each in image_specs if each.name in ON_TENSORS],
+        )
+    )
+    if not cut:
+        return ImageTransform(
+            EvalScale(image_input),
+            tuple(_crop(image_input)),
+            *_halves([], then, last, image_input, on_device),
+        )
     scale: Scale | None = None
-    if isinstance(first := image_specs[0], specs.RandomResizedCrop) and shrink:
-        scale = Shrink(image_input, first)
-    elif isinstance(begin := steps[0], EvalScale):
-        scale, steps = begin, steps[1:]
-    return ImageTransform(scale, (), v2.Compose(steps))
+    if isinstance(spec := image_specs[0], specs.RandomResizedCrop) and shrink:
+        scale = Shrink(image_input, spec)
+    elif isinstance(begin := first[0], EvalScale):
+        scale, first = begin, first[1:]
+    return ImageTransform(scale, (), *_halves(first, then, last, image_input, on_device))
+
+
+def _halves(
+    first: list[Step], then: list[Step], last: list[Step], image_input: ImageInput, on_device: bool
+) -> tuple[Step, Later | None]:
+    """Return `rest` and `later`: steps up to the last crop, those after it, and those on normalised tensors."""
+    to_tensor, to_float, normalise = _normalise(image_input)
+    if not on_device:
+        return v2.Compose([*first, *then, to_tensor, to_float, normalise, *last]), None
+    return v2.Compose([*first, to_tensor]), Later((*then, normalise, *last), image_input.size)
 
 
 def denormalise(pixel_values: Tensor, image_input: ImageInput) -> Tensor:

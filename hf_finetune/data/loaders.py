@@ -52,7 +52,10 @@ Features = Callable[[int], dict[str, Tensor]]
 
 
 class EvalSet(Dataset):
-    """A split as the model is measured on it: `eval_set[index]`."""
+    """A split as the model is measured on it: `eval_set[index]`.
+
+    With `on_device` the images of a batch are uint8, and `evaluation.to_device` makes them what the model reads.
+    """
 
     def __init__(
         self,
@@ -61,13 +64,14 @@ class EvalSet(Dataset):
         model_input: ImageInput | TextInput,
         *,
         max_length: MaxLength = "auto",
+        on_device: bool = False,
     ) -> None:
-        self.rows, self.labels, self.input = rows, labels, model_input
+        self.rows, self.labels, self.input, self.on_device = rows, labels, model_input, on_device
         self.tokens: Tokens | None = None
         self.transform: ImageTransform | None = None
         """For images."""
         if isinstance(model_input, ImageInput):
-            self.transform = build_eval_transform(model_input)
+            self.transform = build_eval_transform(model_input, on_device=on_device)
         else:
             texts = [column_values(rows, name) for name in ("text", "text_pair") if name in rows.column_names]
             self.tokens = Tokens(texts, model_input, max_length)
@@ -115,7 +119,7 @@ class EvalSet(Dataset):
         """Return the model's inputs for the image of a row."""
         assert self.transform is not None, "texts have no image"
         image = self.decoded(index) if self.decoded else self.fixed(index)
-        return {"pixel_values": self.transform.rest(image)}
+        return self.transform.inputs(image)
 
     def __getitem__(self, index: int) -> Sample:
         return self.sample(index, self.inputs(index))
@@ -143,21 +147,24 @@ class TrainSet(EvalSet):
         seed: int = 0,
         max_length: MaxLength = "auto",
         shrink: bool = False,
+        on_device: bool = False,
     ) -> None:
         check_modality(augmentations, "image" if isinstance(model_input, ImageInput) else "text")
-        super().__init__(rows, labels, model_input, max_length=max_length)
+        super().__init__(rows, labels, model_input, max_length=max_length, on_device=on_device)
         self.augmentations, self.seed = list(augmentations), seed
         self.views: int | None = None
         """Views of each row that `features` holds."""
         if isinstance(model_input, ImageInput):
-            self.transform = build_train_transform(self.augmentations, model_input, shrink=shrink)
+            self.transform = build_train_transform(
+                self.augmentations, model_input, shrink=shrink, on_device=on_device
+            )
 
     def unchanged(self) -> TrainSet:
         """Return the same rows as the model is measured on them: without augmentation."""
         plain = copy.copy(self)
         plain.augmentations = []
         if isinstance(self.input, ImageInput):
-            plain.transform = build_train_transform([], self.input)
+            plain.transform = build_train_transform([], self.input, on_device=self.on_device)
         return plain
 
     def __getitem__(self, key: Any) -> Sample:
@@ -386,11 +393,12 @@ def eval_tokens(
     return asked or batch_size * int(lengths.max())
 
 
-def loader_over(dataset: EvalSet, batches: Sequence[list[Any]], *, workers: int) -> DataLoader:
+def loader_over(
+    dataset: EvalSet, batches: Sequence[list[Any]], *, workers: int, pin_memory: bool = False
+) -> DataLoader:
     """Return a loader of the batches of these keys, in this order."""
-    return DataLoader(
-        dataset, batch_sampler=batches, **_options(dataset, workers, False) | {"persistent_workers": False}
-    )
+    options = _options(dataset, workers, pin_memory) | {"persistent_workers": False}
+    return DataLoader(dataset, batch_sampler=batches, **options)
 
 
 def _options(dataset: EvalSet, workers: int, pin_memory: bool) -> dict[str, Any]:

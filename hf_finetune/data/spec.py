@@ -9,6 +9,7 @@ from pydantic import Field
 from hf_finetune.spec import Auto, Size, SizeField, Spec
 
 LabelKind = Literal["single", "multi", "regression"]
+AugmentOn = Literal["auto", "workers", "accelerator"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -66,3 +67,7 @@ class DataSpec(Spec):
     """Disk space that the decoded images of one split may take."""
     workers: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Processes that load data, per training process; auto = none for text, for images by the cores free."""
+    augment_on: AugmentOn = "auto"
+    """Where images are augmented once they have the model's size: one by one in the workers, or as uint8 batches on the
+    accelerator; the same views within rounding. auto = the accelerator, where that is a GPU with few cores for each
+    process."""

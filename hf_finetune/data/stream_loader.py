@@ -40,14 +40,15 @@ class StreamSet(TrainSet):
         *,
         seed: int = 0,
         max_length: MaxLength = "auto",
+        on_device: bool = False,
     ) -> None:
         check_modality(augmentations, "image" if isinstance(model_input, ImageInput) else "text")
-        self.stream, self.labels, self.input = rows, labels, model_input
+        self.stream, self.labels, self.input, self.on_device = rows, labels, model_input, on_device
         self.augmentations, self.seed, self.max_length = list(augmentations), seed, max_length
         self.tokens, self.targets, self.features, self.views, self.decoded = None, None, None, None, None
         self.transform = None
         if isinstance(model_input, ImageInput):
-            self.transform = build_train_transform(self.augmentations, model_input)
+            self.transform = build_train_transform(self.augmentations, model_input, on_device=on_device)
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -68,16 +69,17 @@ class StreamSet(TrainSet):
     def shown(self) -> TrainSet:
         """Return some of the rows as a set that is held, to look at."""
         held = hold(self.stream.take(SHOWN_ROWS), self.labels, "train")
-        return TrainSet(
-            held, self.labels, self.input, self.augmentations, seed=self.seed, max_length=self.max_length
-        )
+        common: dict[str, Any] = {
+            "seed": self.seed, "max_length": self.max_length, "on_device": self.on_device
+        }  # fmt: skip
+        return TrainSet(held, self.labels, self.input, self.augmentations, **common)
 
     def _view(self, epoch: int, row: Row) -> Sample:
         if isinstance(self.input, ImageInput):
             assert self.transform is not None, "images have one"
             image = read_image(row["image"], row["name"])
             with sample_rng(self.seed, epoch, row["row"]):
-                return {"pixel_values": self.transform(image)}
+                return self.transform.inputs(self.transform.fixed(image))
         texts = [row[name] for name in ("text", "text_pair") if name in row]
         if self.augmentations:
             rng = sample_generator(self.seed, epoch, row["row"])

@@ -259,7 +259,8 @@ def _batches(
     tokens = eval_tokens(lengths, BATCH, device)
     mine = eval_batches(np.arange(want.rows), lengths, BATCH, tokens)[rank::world]
     keys = [[want.sample_key(row) for row in batch] for batch in mine]
-    yield from zip(mine, loader_over(want.data, keys, workers=workers), strict=True)
+    loader = loader_over(want.data, keys, workers=workers, pin_memory=device.type == "cuda")
+    yield from zip(mine, loader, strict=True)
 
 
 @torch.no_grad()

@@ -62,6 +62,8 @@ def view_of(data: EvalSet, views: int, seed: int) -> dict[str, Any]:
             "views": views,
             "seed": seed,
         }
+        if data.on_device:
+            shown["augment_on"] = "accelerator"  # it may round a pixel the other way
     return shown
 
 
