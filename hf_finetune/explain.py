@@ -229,7 +229,10 @@ def _memory_row(number: int, name: str, forecast: Forecast, setup: Setup, start:
 def _memory_table(rows: list[list[Any]], setup: Setup, device: torch.device, start: int) -> Table:
     columns = ["phase", "trains", "weights", "gradients", "optimizer", "activations", "at most"]
     if device.type == "cpu":
-        what = f"At most: the resident set of a process; {start / 1e9:.3g} GB of it are there once all is loaded."
+        what = (
+            f"At most: the resident set of a process, gaps of its heap included; {start / 1e9:.3g} GB of it are there "
+            "once all is loaded."
+        )
     else:
         what = "At most: what torch allocates on the device."
     note = f"At {setup.micro_batch_size} samples a forward pass; an average counts as the optimizer's. {what}"

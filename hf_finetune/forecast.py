@@ -27,6 +27,8 @@ from hf_finetune.evaluation import to_device
 from hf_finetune.features.compute import BATCH, Want, run_prefix
 from hf_finetune.features.plan import Plan
 from hf_finetune.freeze import FreezeScope
+from hf_finetune.heap import taken
+from hf_finetune.host import malloc_options
 from hf_finetune.memory import Growth, available, optimizer_bytes, size_of
 from hf_finetune.models.forward import forward, placed
 from hf_finetune.models.load import module_groups
@@ -42,8 +44,9 @@ from hf_finetune.together import together
 COUNTS = (2, 3)
 """Samples of the two batches that are watched: BatchNorm cannot learn from one."""
 CPU_OVERHEAD = 1.5
-"""What glibc's gaps and the kernels' own buffers add to the tensors of a pass on a CPU. With every block mapped by
-itself it is next to nothing (ViT with LoRA: 498 MB seen, 497 foreseen); on glibc's heap 1.3 to 2.7 times was seen."""
+"""What a heap's gaps add to the tensors of a pass on a CPU, where the heap itself cannot be asked (`heap.taken`)."""
+STEPS_TRIED = 3
+"""A heap grows for the first few steps: the optimizer's state comes with the first, and divides what was whole."""
 MICRO_BATCH_SIZE = "training.micro_batch_size"
 AS_IT_BEGAN = "as the run began"
 
@@ -54,8 +57,8 @@ class Forecast:
 
     weights: int
     gradients: int
-    optimizer: int
-    """State of all that has learned by the end of the phase."""
+    states: tuple[int, ...]
+    """What the optimizer keeps of each parameter that has learned by the end of the phase."""
     average: int
     samples: int
     """One sample as it waits for its turn."""
@@ -69,24 +72,53 @@ class Forecast:
     """Passes without gradients, with their samples: an evaluation, the frozen layers computed once."""
 
     @property
+    def optimizer(self) -> int:
+        """Bytes of the optimizer's state."""
+        return sum(self.states)
+
+    @property
     def kept(self) -> int:
         """Bytes that stay between steps."""
+        return self.optimizer + self._beside
+
+    @property
+    def _beside(self) -> int:
+        """Bytes that stay, and are there before the first step."""
         buckets = self.gradients if self.processes > 1 else 0  # what processes send each other
-        return self.weights + self.optimizer + self.average + buckets
+        return self.weights + self.average + buckets
 
     def activations(self, micro_batch_size: int) -> int:
         """Return what a pass over a micro-batch takes beside gradients, at its worst moment."""
-        summed = self.gradients if self.share > micro_batch_size else 0  # those of the micro-batches before
-        waiting = self.samples * self.share if self.on_cpu else 0
-        return max(self._grown(self.step, micro_batch_size) + summed + waiting - self.gradients, 0)
+        return max(self.step.at(micro_batch_size) + self._waiting(micro_batch_size) - self.gradients, 0)
 
     def total(self, micro_batch_size: int) -> int:
-        """Return the bytes at the phase's worst moment."""
-        step = self.gradients + self.activations(micro_batch_size)
-        return self.kept + max(step, *(self._grown(growth, count) for growth, count in self.others))
+        """Return the bytes at the phase's worst moment, on a CPU with the gaps of its heap."""
+        waiting = self._waiting(micro_batch_size)
+        if not self.on_cpu:
+            evaluated = [growth.at(count) for growth, count in self.others]
+            return self.kept + max(self.step.at(micro_batch_size) + waiting, *evaluated)
+        runs = [(self.step, micro_batch_size), *self.others]
+        return self._beside + waiting + (self._in_heap(runs) or self._guessed(runs))
 
-    def _grown(self, growth: Growth, count: int) -> int:
-        return round(growth.at(count) * (CPU_OVERHEAD if self.on_cpu else 1))
+    def _waiting(self, micro_batch_size: int) -> int:
+        """Return what lies beside a pass: the sums of the gradients before it, and the samples of the step."""
+        summed = self.gradients if self.share > micro_batch_size else 0
+        return summed + (self.samples * self.share if self.on_cpu else 0)
+
+    def _in_heap(self, runs: list[tuple[Growth, int]]) -> int | None:
+        """Return what a heap grows to by these passes and the optimizer's state; None where that cannot be tried."""
+        blocks = [growth.blocks_at(count) for growth, count in runs]
+        if any(each is None for each in blocks):
+            return None
+        return taken(
+            [each for each in blocks if each is not None],
+            kept=self.states,
+            repeats=STEPS_TRIED,
+            options=malloc_options(),
+        )
+
+    def _guessed(self, runs: list[tuple[Growth, int]]) -> int:
+        return self.optimizer + round(CPU_OVERHEAD * max(growth.at(count) for growth, count in runs))
 
 
 def foresee(
@@ -150,7 +182,7 @@ def foresee(
     return Forecast(
         weights=size_of([*model.parameters(), *model.buffers()]),
         gradients=size_of([parameters[name] for name in setup.plans[phase].multiples]),
-        optimizer=sum(states[name] for name in learned),
+        states=tuple(states[name] for name in sorted(learned)),
         average=size_of([*averaged, *model.buffers()]) if setup.recipe.training.ema else 0,
         samples=size_of([tensor[:1] for tensor in learning["inputs"].values()]),
         share=setup.recipe.training.batch_size // accelerator.num_processes,

@@ -40,10 +40,15 @@ def keep_freed_memory() -> bool:
     every page of them in anew, which took half the time of training a MobileNetV2 on a CPU (600,000 faults a step).
     Does nothing under another C library, or where the environment says how memory is to be managed.
     """
+    options = malloc_options()
+    return bool(options) and all(ctypes.CDLL(None).mallopt(*each) for each in options)
+
+
+def malloc_options() -> tuple[tuple[int, int], ...]:
+    """Return the arguments of `mallopt` that let freed memory stay; none where another allocator was chosen."""
     if platform.libc_ver()[0] != "glibc" or any(os.environ.get(name) for name in _USERS_OWN):
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+        return ()
+    return (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def threads_to_use() -> int | None:

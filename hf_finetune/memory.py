@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_finetune.heap import Blocks
+
 _PROC, _CGROUP = Path("/proc/self"), Path("/sys/fs/cgroup")
 _MARGIN = 0.9
 """Share of what is free that a run may plan with: other programs grow too."""
@@ -111,7 +113,10 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.curve: list[int] = []
         """Bytes that live after each operation, of those allocated since the start."""
+        self.blocks: Blocks = []
+        """Where a tensor's memory begins and ends."""
         self._live = 0
+        self._count = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,11 +132,16 @@ class Tape(TorchDispatchMode):
         if storage._cdata not in self._known:
             self._known.add(storage._cdata)
             self._live += size
-            weakref.finalize(storage, self._forget, storage._cdata, size)
+            self._count += 1
+            if size:
+                self.blocks.append((self._count, size))
+            weakref.finalize(storage, self._forget, storage._cdata, size, self._count)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _forget(self, key: int, size: int, number: int) -> None:
         self._known.discard(key)
         self._live -= size
+        if size:
+            self.blocks.append((-number, 0))
 
 
 def _storages(values: Any) -> list[Any]:
@@ -147,24 +157,41 @@ class Growth:
 
     counts: tuple[int, int]
     curves: tuple[Sequence[int], Sequence[int]]
+    blocks: tuple[Blocks, Blocks]
 
     @classmethod
     def of(cls, run: Callable[[int], None], counts: tuple[int, int]) -> Growth:
         """Watch `run(count)` for both counts."""
-        curves = []
-        for count in counts:
-            with Tape() as tape:
+        few, more = Tape(), Tape()
+        for count, tape in zip(counts, (few, more), strict=True):
+            with tape:
                 run(count)
-            curves.append(tape.curve)
-        return cls(counts, (curves[0], curves[1]))
+        return cls(counts, (few.curve, more.curve), (list(few.blocks), list(more.blocks)))
 
     def at(self, count: int) -> int:
         """Return the bytes at the worst moment with `count` samples."""
         few, more = self.curves
         if len(few) != len(more):  # the network does something else on other batches: by the peaks alone
             few, more = [max(few)], [max(more)]
-        (first, second), steps = self.counts, zip(few, more, strict=True)
-        return max(round(a + (b - a) * (count - first) / (second - first)) for a, b in steps)
+        return max(self._drawn(a, b, count) for a, b in zip(few, more, strict=True))
+
+    def blocks_at(self, count: int) -> Blocks | None:
+        """Return when which tensors come and go with `count` samples; None where that depends on the batch."""
+        few, more = (_renumbered(blocks) for blocks in self.blocks)
+        if [at for at, _ in few] != [at for at, _ in more]:
+            return None
+        return [(at, self._drawn(a, b, count)) for (at, a), (_, b) in zip(few, more, strict=True)]
+
+    def _drawn(self, few: int, more: int, count: int) -> int:
+        """Return where the line through both batches is at `count` samples."""
+        first, second = self.counts
+        return round(few + (more - few) * (count - first) / (second - first))
+
+
+def _renumbered(blocks: Blocks) -> Blocks:
+    """Return blocks numbered from 1 in the order in which they begin."""
+    numbers = {at: number for number, at in enumerate((at for at, _ in blocks if at > 0), 1)}
+    return [(numbers[at] if at > 0 else -numbers[-at], size) for at, size in blocks]
 
 
 def optimizer_bytes(

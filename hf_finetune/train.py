@@ -193,7 +193,7 @@ def _train(
             batch_size = micro_batches[0]["batch_size"]  # over all processes
             loss, answers = torch.zeros((), device=device), []
             for number, batch in enumerate(micro_batches, 1):
-                inputs = to_device(batch["inputs"], device)
+                inputs = to_device(batch.pop("inputs"), device)
                 targets = batch["labels"].to(device, non_blocking=True)
                 if mixing:
                     inputs["pixel_values"], targets = mix(
@@ -215,6 +215,7 @@ def _train(
                     accelerator.backward(share * world + penalty)
                 loss += share.detach()
                 answers.append((batch["indices"], losses.detach()))
+                del inputs, logits, losses, share  # and their graph, before the next pass builds its own
             loss_value = accelerator.reduce(loss, "sum").item()
             if not math.isfinite(loss_value):
                 what = f"the loss is {loss_value}"

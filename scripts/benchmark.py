@@ -67,6 +67,7 @@ FIGURES = {
     "samples_per_second": "samples/s",
     "accuracy": "accuracy",
     "peak_gb": "peak GB",
+    "above_gb": "above loaded GB",
 }
 CAPTION = """\
 Medians (least to most). *wall*: seconds from the start of the process to its exit, imports, evaluations and saving
@@ -265,7 +266,7 @@ def _write(output: Path, options: argparse.Namespace, runs: list[Run]) -> None:
 
 def table(runs: list[Run]) -> str:
     """Return medians (least to most) as a Markdown table, by the floor and as a multiple of our wall time."""
-    header = ["recipe", "arm", *FIGURES.values(), "of floor", "wall / ours"]
+    header = ["recipe", "arm", *FIGURES.values(), "peak of floor", "of floor", "wall / ours"]
     lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
     for recipe in dict.fromkeys(run["recipe"] for run in runs):
         arms: dict[str, list[Run]] = {}
@@ -280,6 +281,7 @@ def table(runs: list[Run]) -> str:
             if arm.startswith("floor"):
                 cells[:2] = ["", ""]  # it trains for a while, not for epochs
             ratios = [
+                _ratio(done, arms.get(floor, []), "peak_gb"),
                 _ratio(done, arms.get(floor, []), "samples_per_second"),
                 "" if arm.startswith("floor") else _ratio(done, arms.get("ours", []), "wall"),
             ]

@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, set[str]]] = [
     ),
     (
         "parts: each knows its own spec, none knows the recipe",
-        {"augment", "data", "deepspeed", "models", "tasks.loss", "emissions", "evaluation", "features", "freeze", "fetch", "linear", "memory", "pace", "parallel", "progress", "report", "runfolder"},
+        {"augment", "data", "deepspeed", "models", "tasks.loss", "emissions", "evaluation", "features", "freeze", "fetch", "heap", "linear", "memory", "pace", "parallel", "progress", "report", "runfolder"},
     ),
     (
         "recipe: the specs composed, read, checked and written",

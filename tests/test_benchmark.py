@@ -78,8 +78,8 @@ def test_wrong_options(
 
 
 RUNS = [
-    {"recipe": "full", "arm": "floor:fp32:contiguous", "repeat": 0, "wall": 9.0, "cpu": 9.0, "samples_per_second": 50.0},
-    {"recipe": "full", "arm": "ours", "repeat": 0, "wall": 4.0, "cpu": 5.0, "samples_per_second": 40.0,
+    {"recipe": "full", "arm": "floor:fp32:contiguous", "repeat": 0, "wall": 9.0, "cpu": 9.0, "samples_per_second": 50.0, "peak_gb": 2.0},
+    {"recipe": "full", "arm": "ours", "repeat": 0, "wall": 4.0, "cpu": 5.0, "samples_per_second": 40.0, "peak_gb": 2.2,
      "floor": "floor:fp32:contiguous"},
     {"recipe": "full", "arm": "ours", "repeat": 1, "wall": 6.0, "cpu": 5.0, "samples_per_second": 50.0},
     {"recipe": "full", "arm": "trainer", "repeat": 0, "wall": 10.0, "cpu": 5.0, "samples_per_second": 25.0},
@@ -103,6 +103,7 @@ def test_the_table_says_ratios_and_why_an_arm_has_none() -> None:
     floor, mine, trainer, fastai = cells.values()
     assert floor[0] == floor[-1] == ""
     assert (mine[0], mine[-2:]) == ("5 (4 to 6)", ["0.90", "1.00"])
+    assert mine[-3] == "1.10"
     assert (trainer[0], trainer[-2:]) == ("10", ["0.50", "2.00"])
     assert set(fastai) == {""}
 

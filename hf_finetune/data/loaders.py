@@ -322,9 +322,12 @@ def iterate_batches(loader: DataLoader, epoch: int, start: int = 0) -> Iterator[
 
 
 def _joined(stream: Iterator[Batch], planned: deque[tuple[int, int]]) -> Iterator[list[Batch]]:
-    while (first := next(stream, None)) is not None:
+    while micro_batches := list(islice(stream, 1)):
         size, number = planned.popleft()
-        yield [{**batch, "batch_size": size} for batch in (first, *islice(stream, number - 1))]
+        micro_batches += islice(stream, number - 1)
+        for batch in micro_batches:
+            batch["batch_size"] = size
+        yield micro_batches  # no other reference to the samples: who has used them can let them go
 
 
 def iterate_epochs(loader: DataLoader, epoch: int, start: int, steps: int) -> Iterator[list[Batch]]:

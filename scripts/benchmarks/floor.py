@@ -28,6 +28,7 @@ def main() -> None:
     _, precision, layout = job.arm.split(":")
     import torch
 
+    from hf_finetune.memory import Meter
     from hf_finetune.models.forward import forward, placed
     from hf_finetune.precision import _cpu_has_bf16
     from hf_finetune.recipe import load_recipe
@@ -61,6 +62,7 @@ def main() -> None:
         optimizer.zero_grad()
         return sum(len(labels) for _, labels in batches)
 
+    memory = Meter.start(device)
     epoch = ready_epoch(setup, device, channels_last=layout == "channels_last")
     step(max(epoch, key=elements))
     finish_queued()
@@ -77,7 +79,8 @@ def main() -> None:
         if seconds > job.floor_seconds * (1 if number % whole == 0 else 4):
             break
     finish_queued()
-    answer(first_step=first, samples_per_second=samples / (time.monotonic() - began))
+    speed, used = samples / (time.monotonic() - began), memory.facts()
+    answer(first_step=first, samples_per_second=speed, above_gb=(used["peak"] - used["ready"]) / 1e9)
 
 
 def ready_epoch(setup: Setup, device: torch.device, *, channels_last: bool) -> list[Ready]:

@@ -30,6 +30,7 @@ def main() -> None:
         samples_per_second=usual_speed(epoch_speeds(training, job.batch_size, job.train_samples)),
         accuracy=measured[-1],
         best_accuracy=max(measured),
+        above_gb=(run.status["memory"]["peak"] - run.status["memory"]["ready"]) / 1e9,
         floor=f"floor:{run.status['precision']}:{layout}",  # see hf_finetune.models.forward.placed
     )
 
