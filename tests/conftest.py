@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,25 @@ def shared_data() -> Callable[[str], Path]:
         return _SHARED / name
 
     return find
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves() -> Iterator[None]:
+    """Let runs leave an empty curves.png: to draw it takes longer than all else they do here."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "hf_finetune.record" in sys.modules:  # else nothing that was collected trains
+            patch.setattr(
+                "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
+            )
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs draw their curves."""
+    from hf_finetune.report.curves import save_curves
+
+    monkeypatch.setattr("hf_finetune.record.save_curves", save_curves)
 
 
 @pytest.fixture

@@ -47,13 +47,6 @@ HIDDEN = "transformers vision-mobilenetv2"
 LABELS = Labels("single", ("a", "b", "c"))
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-    )
-
-
 @cache
 def folder_of(name: str) -> Path:
     """Return the folder of a tiny backbone of `EVERY_FAMILY`."""

@@ -32,6 +32,7 @@ def test_every_strategy_of_the_tutorials_is_shipped() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("curves")
 @pytest.mark.parametrize("modality", DATA)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_shipped_recipe_runs_on_images_and_on_text(name: str, modality: str, tmp_path: Path) -> None:

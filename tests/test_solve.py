@@ -34,9 +34,6 @@ FAMILIES = ["resnet", "vit", "vision-convnext", "bert"]
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-    )
 
 
 def solved(family: str, output: Path, solver: str | None, **changes: Any) -> Run:
