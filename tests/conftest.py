@@ -26,6 +26,15 @@ os.environ.setdefault("HF_FINETUNE_CACHE", _CACHE.name)  # processes that tests 
 _SHARED = Path(os.environ.get("HF_FINETUNE_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+LONG = ("resume", "circle", "reload", "processes", "recipes_run", "transfer")
+"""Files that take longest. They go first, so that the processes have short ones to share at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files for `--dist loadfile`; the order within them stays."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """Return the folder of a data set or backbone that lies beside the repository; skip the test where there
