@@ -232,7 +232,7 @@ def test_lp_ft_goes_on_from_the_head_that_was_solved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("solver", ["lbfgs", "ridge"])
 def test_views_are_fitted_where_they_are_kept(solver: str, tmp_path: Path) -> None:
     augment = ["horizontal_flip", "random_resized_crop"]
-    run = solved("vit", tmp_path / "run", solver, augment=augment, cache={"views": 3})
+    run = solved("resnet", tmp_path / "run", solver, augment=augment, cache={"views": 3})
     assert "36 train rows and 7 validation rows" in run.status["features"]["1 head"]
 
 
@@ -288,8 +288,8 @@ def test_the_last_layer_can_be_fitted_anew_after_training(tmp_path: Path) -> Non
 
 
 def test_an_average_starts_from_the_head_that_was_solved(tmp_path: Path) -> None:
-    averaged = solved("resnet", tmp_path / "ema", "lbfgs", training={"ema": {"decay": 0.9}})
-    assert runs.same(runs.weights(averaged), runs.weights(fitted("resnet", "lbfgs")))
+    averaged = solved("vit", tmp_path / "ema", "lbfgs", training={"ema": {"decay": 0.9}})
+    assert runs.same(runs.weights(averaged), runs.weights(fitted("vit", "lbfgs")))
 
 
 # ---- resume -------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_a_run_stopped_at_every_step_ends_the_same(tmp_path: Path) -> None:
 
 
 def test_a_fit_that_is_interrupted_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = fitted("resnet", "lbfgs")
+    whole = fitted("vit", "lbfgs")
     real = solve.evaluate
 
     def stopping(*given: Any, **options: Any) -> Any:
@@ -321,10 +321,10 @@ def test_a_fit_that_is_interrupted_is_done_again(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(solve, "evaluate", stopping)
     with pytest.raises(Interrupted, match="SIGTERM"):
-        solved("resnet", tmp_path / "torn", "lbfgs")
+        solved("vit", tmp_path / "torn", "lbfgs")
     assert load_run(tmp_path / "torn").status["status"] == "interrupted"
     monkeypatch.setattr(solve, "evaluate", real)
-    recipe = runs.recipe("resnet", tmp_path / "torn", strategy={"name": "frozen", "solver": "lbfgs"})
+    recipe = runs.recipe("vit", tmp_path / "torn", strategy={"name": "frozen", "solver": "lbfgs"})
     torn = runs.finetune(recipe, resume=True, quiet=True)
     assert runs.same(runs.weights(whole), runs.weights(torn))
     assert [row["step"] for row in torn.rows] == [1, 1]
