@@ -78,7 +78,7 @@ _lock = threading.RLock()
 
 
 def fork_off(*modules: str) -> None:
-    """Import `modules`, which a run needs itself, and fork the process off with them: it imports less and shares memory.
+    """Import `modules`, which a run needs itself, and fork the process off with them: less to import, memory shared.
 
     Only while nothing else has happened here: these modules are loaded now, no other thread runs. Elsewhere, and where
     processes cannot be forked, it is started anew.
