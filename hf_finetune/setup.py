@@ -119,19 +119,70 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
         RecipeError: the recipe does not fit the data, the backbone or the hardware.
     """
     _check_trackers(recipe)
-    if holding(world_size) == "fsdp2":
+    shared = holding(world_size) == "fsdp2"
+    if shared:
         _check_shareable(recipe)
-    choices: list[Choice] = []
-    seed = recipe.training.seed
-    if recipe.data.streaming:
-        samples = recipe.training.steps and recipe.training.steps * recipe.training.batch_size
-        splits = load_streams(recipe.data, seed=seed, task=recipe.task, samples=samples)
-    else:
-        splits = load_splits(recipe.data, seed=seed, task=recipe.task)
-    task = next(name for name, task in TASKS.items() if task.modality == splits.modality)
-    if recipe.task == "auto":
-        choices.append(Choice("task", task, f"the data holds {splits.modality}s"))
+    splits = _load_data(recipe)
+    recipe, choices = _fit_to_data(recipe, splits)
+    backbone = _load_network(recipe, splits, device)
+    recipe, more = _fit_to_machine(recipe, splits, backbone, world_size, device)
+    choices += more
+    solver, timeline = _plan_time(recipe, splits, backbone, world_size, device)
+    micro_batch_size = _micro_batch_size(recipe, world_size)
+    _check_micro_batch_tokens(recipe, backbone.input)
+    if shared and recipe.training.precision == "fp16":
+        raise RecipeError(
+            f"{recipe.where('training.precision')}: fp16 is not supported under FSDP2. Use bf16 or fp32, or DDP."
+        )
+    recipe, more = resolve(
+        recipe,
+        anatomy=backbone.anatomy,
+        train_samples=len(splits.train),
+        micro_batch_size=micro_batch_size,
+        total_steps=timeline.total_steps,
+        solver=solver,
+    )
+    choices += more
+    if recipe.training.gradient_checkpointing:
+        checkpoint_gradients(backbone)
+    backbone = _adapt(recipe, backbone, timeline.total_steps)
+    plans, notes = _plan_phases(recipe, backbone, timeline)
+    if not solver[0]:  # else it has been tried
+        _check_solvers(recipe, plans, backbone, splits, device, world_size)
+    check_head_learns(plans, backbone.anatomy)
+    compiling, why = resolve_compile(
+        recipe.training.compile, device, timeline.total_steps, len(plans), shared=shared
+    )
+    if recipe.training.compile == "auto":
+        choices.append(Choice("training.compile", compiling, why))
+        recipe = _with(recipe, "training.compile", compiling)
+    groups = group_parameters(plans, backbone.anatomy)
+    # An optimizer that cannot be built is refused here, before a run folder is made for it.
+    optimizer = build_optimizer(recipe.optimizer, groups, dict(backbone.model.named_parameters()))
+    if zero := deepspeed.asked():
+        told = recipe.model_dump(mode="json")
+        told["optimizer"]["options"] = optimizer.defaults | told["optimizer"]["options"]
+        notes += zero.agree(told, world_size, micro_batch_size)
+    weights = class_weights(recipe.data, splits.labels, splits.train_counts)
+    return Setup(recipe, choices, notes, splits, backbone, plans, groups, timeline, micro_batch_size, weights)
 
+
+def _load_data(recipe: Recipe) -> Splits:
+    """Return the data, opened and labelled; of a stream the splits that are held."""
+    data, seed, steps = recipe.data, recipe.training.seed, recipe.training.steps
+    if data.streaming:
+        samples = steps and steps * recipe.training.batch_size
+        return load_streams(data, seed=seed, task=recipe.task, samples=samples)
+    return load_splits(data, seed=seed, task=recipe.task)
+
+
+def _fit_to_data(recipe: Recipe, splits: Splits) -> tuple[Recipe, list[Choice]]:
+    """Return the recipe with what the data alone decide, and why."""
+    choices: list[Choice] = []
+    if recipe.task == "auto":
+        task = next(name for name, task in TASKS.items() if task.modality == splits.modality)
+        choices.append(Choice("task", task, f"the data holds {splits.modality}s"))
+        recipe = _with(recipe, "task", task)
     if splits.modality == "text" and recipe.data.cache:
         raise RecipeError(
             f"{recipe.where('data.cache')}: '{recipe.data.cache}' keeps images, and the data holds texts, which are "
@@ -142,34 +193,29 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
             f"{recipe.where('data.augment_on')}: 'accelerator' changes images, and the data holds texts, whose words "
             "are changed before they are tokenised. Remove the key."
         )
-
     if recipe.strategy.from_scratch and recipe.backbone.pretrained:
-        choices.append(
-            Choice(
-                "backbone.pretrained", False, f"strategy {recipe.strategy.name} starts from random weights"
-            )
-        )
-        recipe = recipe.model_copy(
-            update={"backbone": recipe.backbone.model_copy(update={"pretrained": False})}
-        )
+        why = f"strategy {recipe.strategy.name} starts from random weights"
+        choices.append(Choice("backbone.pretrained", False, why))
+        recipe = _with(recipe, "backbone.pretrained", False)
+    return recipe, choices
+
+
+def _load_network(recipe: Recipe, splits: Splits, device: torch.device) -> Backbone:
+    """Return the backbone with an output layer for the data's labels."""
     if recipe.backbone.quantize:
         from hf_finetune.models.quantize import check_device
 
         check_device(recipe.backbone.quantize, device)
     with unseen():
-        backbone = load_backbone(recipe.backbone, splits.labels, splits.modality, seed=seed)
+        return load_backbone(recipe.backbone, splits.labels, splits.modality, seed=recipe.training.seed)
 
-    image_side = min(backbone.input.size) if isinstance(backbone.input, ImageInput) else None
-    sides = [side for side in (image_side, splits.report.image_side) if side]
-    cache = recipe.cache
-    augment, why = resolve_augment(
-        recipe.augment, splits.modality, len(splits.train), image_side=min(sides, default=None)
-    )
-    if recipe.strategy.solver_steps and recipe.augment == "auto" and not getattr(cache, "views", None):
-        augment, why = (
-            [],
-            "a solver fits the rows as they are measured; `cache: {views: 4}` gives it random views",
-        )
+
+def _fit_to_machine(
+    recipe: Recipe, splits: Splits, backbone: Backbone, world_size: int, device: torch.device
+) -> tuple[Recipe, list[Choice]]:
+    """Return the recipe with what data, backbone and hardware decide together, and why."""
+    choices: list[Choice] = []
+    augment, why = _augmentations(recipe, splits, backbone)
     if not isinstance(recipe.augment, list):
         choices.append(Choice("augment", ", ".join(each.name for each in augment) or "none", why))
     where = recipe.where("training.precision")
@@ -185,63 +231,74 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
     augment_on, why = augmenting_on(recipe.data.augment_on, splits.modality, beside, device)
     if recipe.data.augment_on == "auto":
         choices.append(Choice(AUGMENT_ON, augment_on, why))
-    metric = recipe.monitor.metric
+    metric, kind = recipe.monitor.metric, splits.labels.kind
     if metric == "auto":
-        metric = default_metric(splits.labels.kind)
-        choices.append(Choice("monitor.metric", metric, f"the usual one for {splits.labels.kind} labels"))
+        metric = default_metric(kind)
+        choices.append(Choice("monitor.metric", metric, f"the usual one for {kind} labels"))
     for each in (metric, *recipe.monitor.metrics):
         if each.startswith(EVALUATE_PREFIX):
-            load_from_evaluate(each.removeprefix(EVALUATE_PREFIX), splits.labels.kind)
+            load_from_evaluate(each.removeprefix(EVALUATE_PREFIX), kind)
     mode = recipe.monitor.mode if recipe.monitor.mode != "auto" else metric_mode(metric)
+    cache = recipe.cache
     if cache == "auto":
         cache, why = CacheSpec(), "frozen layers run once for each view that comes again, where that fits"
         choices.append(Choice("cache", f"up to {cache.budget}", why))
-    recipe = recipe.model_copy(
-        update={
-            "task": task,
-            "cache": cache,
-            "augment": augment,
-            "data": recipe.data.model_copy(update={"workers": workers, "augment_on": augment_on}),
-            "training": recipe.training.model_copy(update={"precision": precision}),
-            "monitor": recipe.monitor.model_copy(update={"metric": metric, "mode": mode}),
-        }
+    for key, value in {
+        "augment": augment,
+        "training.precision": precision,
+        "data.workers": workers,
+        AUGMENT_ON: augment_on,
+        "monitor.metric": metric,
+        "monitor.mode": mode,
+        "cache": cache,
+    }.items():
+        recipe = _with(recipe, key, value)
+    return recipe, choices
+
+
+def _augmentations(recipe: Recipe, splits: Splits, backbone: Backbone) -> tuple[list[AugmentationSpec], str]:
+    """Return what `augment` means for this data and backbone, and why."""
+    if recipe.strategy.solver_steps and recipe.augment == "auto" and not getattr(recipe.cache, "views", None):
+        return [], "a solver fits the rows as they are measured; `cache: {views: 4}` gives it random views"
+    image_side = min(backbone.input.size) if isinstance(backbone.input, ImageInput) else None
+    sides = [side for side in (image_side, splits.report.image_side) if side]
+    return resolve_augment(
+        recipe.augment, splits.modality, len(splits.train), image_side=min(sides, default=None)
     )
 
+
+def _plan_time(
+    recipe: Recipe, splits: Splits, backbone: Backbone, world_size: int, device: torch.device
+) -> tuple[tuple[Solver | None, str], Timeline]:
+    """Return what `solver: auto` means here, and why, and the run in steps."""
     solver: tuple[Solver | None, str] = (None, "")
-    planned = recipe.strategy
-    if getattr(planned, "solver", None) == "auto":
+    strategy = recipe.strategy
+    if getattr(strategy, "solver", None) == "auto":
         solver = choose_solver(recipe, backbone, splits, device, world_size)
-        planned = planned.model_copy(update={"solver": solver[0]})
-    timeline = build_timeline(recipe.model_copy(update={"strategy": planned}), len(splits.train))
-    micro_batch_size = _micro_batch_size(recipe, world_size)
-    _check_micro_batch_tokens(recipe, backbone.input)
-    if holding(world_size) == "fsdp2" and precision == "fp16":
-        raise RecipeError(
-            f"{recipe.where('training.precision')}: fp16 is not supported under FSDP2. Use bf16 or fp32, or DDP."
-        )
-    recipe, resolved = resolve(
-        recipe,
-        anatomy=backbone.anatomy,
-        train_samples=len(splits.train),
-        micro_batch_size=micro_batch_size,
-        total_steps=timeline.total_steps,
-        solver=solver,
-    )
-    if recipe.training.gradient_checkpointing:
-        checkpoint_gradients(backbone)
-    if adapter := recipe.strategy.to_adapter():
-        from hf_finetune.models.adapters import add_adapters
+        strategy = strategy.model_copy(update={"solver": solver[0]})
+    return solver, build_timeline(recipe.model_copy(update={"strategy": strategy}), len(splits.train))
 
-        if "adapter_of" in backbone.source and not adapter.merge:
-            raise RecipeError(
-                f"{recipe.where('strategy')}: backbone '{recipe.backbone.id}' is an adapter itself, merged into its "
-                "base for this run: nobody could load another adapter on that. Set `strategy.merge: true` to save the "
-                "whole model, or start from a run that did."
-            )
-        backbone = add_adapters(backbone, adapter, seed=seed, total_steps=timeline.total_steps)
-    plans, notes = plan_phases(
-        recipe.strategy.to_phases(backbone.anatomy), backbone.anatomy, float(recipe.optimizer.lr)
-    )
+
+def _adapt(recipe: Recipe, backbone: Backbone, total_steps: int) -> Backbone:
+    """Return the backbone with the strategy's adapters in it, if it has any."""
+    adapter = recipe.strategy.to_adapter()
+    if not adapter:
+        return backbone
+    from hf_finetune.models.adapters import add_adapters
+
+    if "adapter_of" in backbone.source and not adapter.merge:
+        raise RecipeError(
+            f"{recipe.where('strategy')}: backbone '{recipe.backbone.id}' is an adapter itself, merged into its "
+            "base for this run: nobody could load another adapter on that. Set `strategy.merge: true` to save the "
+            "whole model, or start from a run that did."
+        )
+    return add_adapters(backbone, adapter, seed=recipe.training.seed, total_steps=total_steps)
+
+
+def _plan_phases(recipe: Recipe, backbone: Backbone, timeline: Timeline) -> tuple[list[PhasePlan], list[str]]:
+    """Return the phases that the run reaches, and notes."""
+    phases = recipe.strategy.to_phases(backbone.anatomy)
+    plans, notes = plan_phases(phases, backbone.anatomy, float(recipe.optimizer.lr))
     notes = [*_found(backbone), *notes]
     reached = reachable(plans, timeline)
     if len(reached) < len(plans):
@@ -249,40 +306,14 @@ def prepare(recipe: Recipe, *, world_size: int, device: torch.device) -> Setup:
             f"the run of {timeline.total_steps} steps ends before {len(plans) - len(reached)} of {len(plans)} phases; "
             f"the last one reached trains {reached[-1].name}"
         )
-    if not solver[0]:  # else it has been tried
-        _check_solvers(recipe, reached, backbone, splits, device, world_size)
-    check_head_learns(reached, backbone.anatomy)
-    compiling, why = resolve_compile(
-        recipe.training.compile,
-        device,
-        timeline.total_steps,
-        len(reached),
-        shared=holding(world_size) == "fsdp2",
-    )
-    if recipe.training.compile == "auto":
-        resolved.append(Choice("training.compile", compiling, why))
-        training = recipe.training.model_copy(update={"compile": compiling})
-        recipe = recipe.model_copy(update={"training": training})
-    groups = group_parameters(reached, backbone.anatomy)
-    # An optimizer that cannot be built is refused here, before a run folder is made for it.
-    optimizer = build_optimizer(recipe.optimizer, groups, dict(backbone.model.named_parameters()))
-    if zero := deepspeed.asked():
-        told = recipe.model_dump(mode="json")
-        told["optimizer"]["options"] = optimizer.defaults | told["optimizer"]["options"]
-        notes += zero.agree(told, world_size, micro_batch_size)
-    weights = class_weights(recipe.data, splits.labels, splits.train_counts)
-    return Setup(
-        recipe,
-        choices + resolved,
-        notes,
-        splits,
-        backbone,
-        reached,
-        groups,
-        timeline,
-        micro_batch_size,
-        weights,
-    )
+    return reached, notes
+
+
+def _with(recipe: Recipe, key: str, value: Any) -> Recipe:
+    """Return the recipe with another value at a key, of a section or its own."""
+    section, _, name = key.rpartition(".")
+    part = getattr(recipe, section).model_copy(update={name: value}) if section else value
+    return recipe.model_copy(update={section or name: part})
 
 
 def _check_solvers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,15 @@ os.environ.setdefault("HF_FINETUNE_CACHE", _CACHE.name)  # processes that tests 
 _SHARED = Path(os.environ.get("HF_FINETUNE_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+LONG = ("resume", "circle", "reload", "processes", "recipes_run", "transfer")
+"""Files that take longest. They go first, so that the processes have short ones to share at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files for `--dist loadfile`; the order within them stays."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """Return the folder of a data set or backbone that lies beside the repository; skip the test where there
@@ -37,6 +47,25 @@ def shared_data() -> Callable[[str], Path]:
         return _SHARED / name
 
     return find
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves() -> Iterator[None]:
+    """Let runs leave an empty curves.png: to draw it takes longer than all else they do here."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "hf_finetune.record" in sys.modules:  # else nothing that was collected trains
+            patch.setattr(
+                "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
+            )
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs draw their curves."""
+    from hf_finetune.report.curves import save_curves
+
+    monkeypatch.setattr("hf_finetune.record.save_curves", save_curves)
 
 
 @pytest.fixture

@@ -28,14 +28,7 @@ TOLERANCE = 2e-5
 # What the person who trains does: the command line, and at the end the logits of each run on its validation rows.
 OWNER = """
 import json, sys
-import torch
-from accelerate import Accelerator
 from hf_finetune.cli import main
-from hf_finetune.data.splits import load_splits
-from hf_finetune.evaluation import evaluate
-from hf_finetune.inference import evaluate_model, load_trained, _loader
-from hf_finetune.data.loaders import EvalSet
-from hf_finetune.models.load import forward
 
 job = json.load(sys.stdin)
 for words in job["commands"]:
@@ -43,6 +36,13 @@ for words in job["commands"]:
         main(words)
     except SystemExit as end:
         assert not end.code, (words, end.code)
+
+import torch
+from accelerate import Accelerator
+from hf_finetune.data.splits import load_splits
+from hf_finetune.inference import evaluate_model, load_trained, _loader
+from hf_finetune.models.load import forward
+
 found = {"measured": {}, "logits": {}}
 for place in job.get("evaluate", []):
     result = evaluate_model(place, [])
@@ -51,7 +51,6 @@ for name, folder in job.get("logits", {}).items():
     trained = load_trained(folder)
     recipe = trained.recipe
     rows = load_splits(recipe.data, seed=recipe.training.seed, task=recipe.task).validation.select(range(job["rows"]))
-    data = EvalSet(rows, trained.labels, trained.backbone.input, max_length=recipe.data.max_length)
     (batch,) = _loader(rows, trained, Accelerator(cpu=True))
     with torch.no_grad():
         logits = forward(trained.backbone.model.eval(), batch["inputs"])

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+import nursery
 import runs
 from hf_finetune.augment import spec as specs
 from hf_finetune.augment.image import Shrink
@@ -30,8 +31,8 @@ from hf_finetune.models.backbone import ImageInput
 from hf_finetune.recipe import Recipe, dump_recipe
 from hf_finetune.runfolder import load_run
 from hf_finetune.setup import prepare
-from test_features import SCRIPT, full, spoil_bytes, spoil_features
-from test_processes import SGD, launch
+from test_features import full, spoil_bytes, spoil_features
+from test_processes import SEVERAL, SGD
 
 SMALL = ImageInput((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 0.875, "center", "bicubic")
 LABELS = Labels("single", ("a", "b"))
@@ -325,11 +326,9 @@ def test_texts_are_not_decoded(tmp_path: Path) -> None:
 def test_two_processes_decode_and_read_the_same(tmp_path: Path) -> None:
     recipe = runs.recipe("vit", tmp_path / "two", **CROP | SGD, data={"cache": "decoded"})
     (tmp_path / "two.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    (tmp_path / "several.py").write_text(
-        SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    )
-    done = launch(str(tmp_path / "several.py"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, printed = nursery.run(SEVERAL, str(tmp_path), log=tmp_path / "log", processes=2)
+    assert codes == [0, 0], printed[-3000:]
+    assert not list(tmp_path.glob("*.error")), printed
     by_two = {each.folder.name: (each.folder / "1.bin").read_bytes() for each in disk.kept()}
     assert len(by_two) == 2
     disk.prune(0)

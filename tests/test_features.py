@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+import nursery
 import runs
 import tiny
 from hf_finetune.cli import main
@@ -33,7 +32,7 @@ from hf_finetune.runfolder import Run
 from hf_finetune.setup import prepare
 from hf_finetune.spec import Size, parse_size
 from hf_finetune.strategies.phase import Phase, plan_phases
-from test_processes import launch
+from test_processes import SEVERAL
 
 FAMILIES = [
     *(("image", f"timm-{name}") for name in tiny.TIMM),
@@ -47,9 +46,6 @@ UNCUT = {("albert", "last:2"): "no block"}
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-    )
 
 
 # ---- the cut -------------------------------------------------------------------------------------------------------
@@ -441,9 +437,7 @@ def test_a_folder_that_cannot_be_written_means_no_cache(
 
 
 KILLED = """
-import os, sys
-sys.path.insert(0, {tests!r})
-import conftest
+import os
 from hf_finetune.features import store
 from hf_finetune.recipe import load_recipe
 from hf_finetune.train import finetune
@@ -459,14 +453,12 @@ def test_a_process_killed_while_writing_leaves_nothing_that_counts(
 ) -> None:
     recipe = runs.recipe("resnet", tmp_path / "killed", **FROZEN)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    script = KILLED.format(
-        tests=str(Path(__file__).parent), owner=owner, name=name, recipe=str(tmp_path / "recipe.yaml")
+    script = tmp_path / "script.py"
+    script.write_text(
+        KILLED.format(owner=owner, name=name, recipe=str(tmp_path / "recipe.yaml")), encoding="utf-8"
     )
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(root)}, check=False
-    )
-    assert done.returncode == 9
+    codes, printed = nursery.run(script, log=tmp_path / "log")
+    assert codes == [9], printed
     assert not entries()
     assert len(list((tmp_path / "cache" / "features").glob(".*"))) == 1
     assert cached(finished("cnn frozen", tmp_path / "run"))
@@ -575,18 +567,6 @@ def test_a_signal_while_features_are_computed_stops_the_run(
     assert runs.same(runs.weights(whole), runs.weights(torn))
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import conftest
-from hf_finetune.recipe import load_recipe
-from hf_finetune.train import finetune
-for path in sorted(Path({folder!r}).glob("*.yaml")):
-    finetune(load_recipe(path), quiet=True)
-"""
-
-
 def test_two_processes_compute_and_read_the_same(tmp_path: Path) -> None:
     names = ["vit gradual, micro-batches", "bert lp_ft"]
     for name in names:
@@ -594,11 +574,9 @@ def test_two_processes_compute_and_read_the_same(tmp_path: Path) -> None:
         family = "bert-dry" if family == "bert" else family
         recipe = runs.recipe(family, tmp_path / f"two {name}", **changes)
         (tmp_path / f"{name}.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    (tmp_path / "several.py").write_text(
-        SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    )
-    done = launch(str(tmp_path / "several.py"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, printed = nursery.run(SEVERAL, str(tmp_path), log=tmp_path / "log", processes=2)
+    assert codes == [0, 0], printed[-3000:]
+    assert not list(tmp_path.glob("*.error")), printed
     by_two = {
         folder.name: [path.read_bytes() for path in sorted(folder.glob("*.bin"))] for folder in entries()
     }

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 import hf_finetune.train as loop
+import nursery
 import runs
 from hf_finetune.errors import Interrupted, RecipeError, TrainingError, UserError
 from hf_finetune.evaluation import Evaluation
@@ -26,14 +25,6 @@ PLAIN = {
     "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.0, "weight_decay": 0.0},
 }
 EVERY = {"evaluate": "1 steps"}
-
-
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    if "curves" not in request.node.name:
-        monkeypatch.setattr(
-            "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-        )
 
 
 @pytest.fixture
@@ -417,11 +408,10 @@ def test_a_mistake_claims_no_folder(
 
 
 SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-import conftest, os, signal
+import os, signal
 import hf_finetune.train as loop
-from hf_finetune import cli
+from hf_finetune import cli, record
+from hf_finetune.report.curves import save_curves
 
 real = loop.sample_losses
 steps = iter(range(10**6))
@@ -432,6 +422,7 @@ def slow(*args, **kwargs):
     return real(*args, **kwargs)
 
 loop.sample_losses = slow
+record.save_curves = save_curves
 cli.main(["train", {recipe!r}, "--output", {output!r}])
 """
 
@@ -443,25 +434,18 @@ def test_a_signal_leaves_a_usable_folder(name: str, step: int, measured: bool, t
     recipe = runs.recipe("vit", strategy="full", training={"steps": 50}, monitor={"evaluate": "3 steps"})
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     code = SCRIPT.format(
-        tests=str(Path(__file__).parent),
         signal=name,
         step=step,
         recipe=str(tmp_path / "r.yaml"),
         output=str(tmp_path / "run"),
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 130, done.stderr
-    assert "Traceback" not in done.stderr
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    codes, printed = nursery.run(tmp_path / "script.py", log=tmp_path / "log")
+    assert codes == [130], printed
+    assert "Traceback" not in printed
     assert (
         f"error: stopped by {name}; the state is saved, `--output {tmp_path / 'run'} --resume` continues"
-        in done.stderr
+        in printed
     )
     run = load_run(tmp_path / "run")
     assert (run.status["status"], run.status["why"]) == ("interrupted", f"stopped by {name}")
@@ -506,6 +490,7 @@ def test_the_signal_handler_is_put_back(tmp_path: Path) -> None:
 # ---- what is left behind -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("curves")
 def test_run_json_metrics_and_curves(tmp_path: Path) -> None:
     began = time.time()
     run = runs.run(

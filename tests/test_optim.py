@@ -20,13 +20,6 @@ RATES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-    )
-
-
 @pytest.mark.parametrize("name", RATES)
 def test_the_loss_falls(name: str, tmp_path: Path) -> None:
     run = runs.run("vit", tmp_path / "run", strategy={"name": "discriminative", "backbone_lr": "0.5x"},

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import nursery
 import runs
 from hf_finetune.checkpoint import find_checkpoint
 from hf_finetune.errors import RecipeError, UserError
@@ -23,7 +24,8 @@ from hf_finetune.recipe import dump_recipe, load_recipe
 from hf_finetune.runfolder import Run, load_run
 from hf_finetune.setup import prepare
 
-ROOT = Path(__file__).parents[1]
+TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
+SEVERAL = Path(__file__).with_name("several.py")
 ODD = 9
 """Rows to learn from: in batches of 8 the last one has a single sample, for two processes."""
 
@@ -103,50 +105,17 @@ SHARED |= {
 
 # What two processes do once the arms are through: a run of half the steps goes on, in its own folder.
 RESUMES = """
+import shutil
+from pathlib import Path
+from accelerate import PartialState
+from hf_finetune.recipe import load_recipe
+from hf_finetune.train import finetune
 half = load_recipe(Path({folder!r}) / "straight.yaml", ["output={folder}/half-2", "training.steps=3"])
 finetune(half, quiet=True)
 if PartialState().is_main_process:
     shutil.copytree(half.output, Path({folder!r}) / "alone")
 finetune(load_recipe(Path({folder!r}) / "straight.yaml", ["output={folder}/half-2"]), quiet=True, resume=True)
 """
-
-SCRIPT = """
-import json, os, shutil, sys, traceback
-from pathlib import Path
-from unittest.mock import patch
-from accelerate import PartialState
-sys.path.insert(0, {tests!r})
-import conftest
-from hf_finetune.recipe import load_recipe
-from hf_finetune.train import finetune
-for path in sorted(Path({folder!r}).glob("*.yaml")):
-    try:
-        with patch.dict(os.environ, {asked!r}.get(path.stem, {{}})):
-            finetune(load_recipe(path), quiet=True)
-    except Exception:
-        path.with_suffix(".error").write_text(traceback.format_exc())
-"""
-
-
-def launch(*arguments: str, **given: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        *arguments,
-    ]
-    given |= {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-    }
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | given, cwd=ROOT
-    )
 
 
 def written(folder: Path, name: str, family: str, changes: dict[str, Any], processes: int) -> Path:
@@ -169,12 +138,8 @@ def together() -> Path:
     for name, (family, changes) in (ARMS | LIVE).items():
         if name != "vit gradual":
             written(folder, name, family, changes, 2)
-    script = folder / "several.py"
-    script.write_text(
-        SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), asked=ZERO), encoding="utf-8"
-    )
-    done = launch(str(script))
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, printed = nursery.run(SEVERAL, str(folder), log=folder / "log", processes=2)
+    assert codes == [0, 0], printed[-3000:]
     return folder
 
 
@@ -184,12 +149,14 @@ def shared() -> Path:
     folder = Path(runs._ROOT.name) / "shared"
     folder.mkdir(exist_ok=True)
     for name, (family, changes) in SHARED.items():
-        written(folder, name, family, changes, 2)
-    script = folder / "several.py"
-    text = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), asked=ZERO)
-    script.write_text(text + RESUMES.format(folder=str(folder)), encoding="utf-8")
-    done = launch(str(script), **FSDP2)
-    assert done.returncode == 0, done.stderr[-3000:]
+        path = written(folder, name, family, changes, 2)
+        if name in ZERO:
+            path.with_suffix(".json").write_text(json.dumps(ZERO[name]), encoding="utf-8")
+    resumes = folder / "resumes.py"
+    resumes.write_text(RESUMES.format(folder=str(folder)), encoding="utf-8")
+    for script, *arguments in ((SEVERAL, str(folder)), (resumes,)):
+        codes, printed = nursery.run(script, *arguments, log=folder / "log", processes=2, **FSDP2)
+        assert codes == [0, 0], printed[-3000:]
     errors = [error.read_text() for error in folder.glob("*.error")]
     assert not errors, errors[0]
     return folder
@@ -197,19 +164,24 @@ def shared() -> Path:
 
 @cache
 def by_script() -> tuple[Path, str]:
-    """Run the first arm in two processes through scripts/train.py."""
+    """Run the first arm in two processes that torchrun starts, through scripts/train.py."""
     folder = Path(runs._ROOT.name) / "script"
     folder.mkdir(exist_ok=True)
     path = written(folder, "vit gradual", *ARMS["vit gradual"], 2)
-    done = launch(
-        "scripts/train.py",
-        "--recipe",
-        str(path),
-        "training.clip_norm=0.5",
-        "training.reload_check=true",
-        "--output",
-        str(folder / "vit gradual-2"),
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(TRAIN),
+    ]
+    command += ["--recipe", str(path), "training.clip_norm=0.5", "training.reload_check=true"]
+    done = subprocess.run(
+        [*command, "--output", str(folder / "vit gradual-2")], env=os.environ | nursery.ENVIRONMENT,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
 
@@ -395,12 +367,11 @@ def test_one_process_speaks_for_both() -> None:
 def test_a_user_s_mistake_is_printed_once(tmp_path: Path) -> None:
     recipe = runs.recipe("vit", strategy={"phases": [{"train": "last:99"}]})
     (tmp_path / "wrong.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    done = launch(
-        "scripts/train.py", "--recipe", str(tmp_path / "wrong.yaml"), "--output", str(tmp_path / "run")
-    )
-    assert done.returncode != 0
-    assert done.stderr.count("'last:99' asks for 99 layer groups") == 1
-    assert "hf_finetune/strategies" not in done.stderr  # no traceback of ours
+    arguments = ["--recipe", str(tmp_path / "wrong.yaml"), "--output", str(tmp_path / "run")]
+    codes, printed = nursery.run(TRAIN, *arguments, log=tmp_path / "log", processes=2)
+    assert all(codes)
+    assert printed.count("'last:99' asks for 99 layer groups") == 1
+    assert "Traceback" not in printed
     assert not (tmp_path / "run").exists()
 
 

@@ -34,13 +34,6 @@ MODALITY = {"bert": "text", "vit": "image"}
 KINDS = ("4bit", "8bit")
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-    )
-
-
 def base(family: str, kind: str | None, *, seed: int = 0) -> Backbone:
     spec = BackboneSpec(id=runs.backbone(family), quantize=kind)  # type: ignore[arg-type]
     return load_backbone(spec, LABELS, MODALITY[family], seed=seed)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -122,8 +123,7 @@ def test_no_odd_value_anywhere_gets_past_or_breaks_the_checks(strategy: str) -> 
             for key in _keys(full, section)]  # fmt: skip
     for key in keys:
         for value in ODD_VALUES:
-            data = parse_recipe(full).model_dump(by_alias=True)
-            section = data
+            section = data = deepcopy(full)
             for part in key[:-1]:
                 section = section[part]
             section[key[-1]] = value

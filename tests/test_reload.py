@@ -32,9 +32,6 @@ MERGED = {"training": {"steps": 3}, "strategy": {"name": "lora", "r": 2, "merge"
 @pytest.fixture(autouse=True)
 def _compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "RELOAD_CHECK", True)
-    monkeypatch.setattr(
-        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-    )
 
 
 @pytest.fixture

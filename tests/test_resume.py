@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import json
@@ -10,16 +9,12 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +41,7 @@ from hf_finetune.optim import OptimizerSpec, ParamGroup, build_optimizer
 from hf_finetune.recipe import dump_recipe, load_recipe
 from hf_finetune.runfolder import Run, load_run
 from hf_finetune.train import finetune
+from nursery import ENVIRONMENT, Process, ranks
 
 KILLS = int(os.environ.get("HF_FINETUNE_KILLS", "0"))
 """How many processes the long form kills."""
@@ -87,13 +83,6 @@ MOMENTS = ("swap", "artefact", "step", "checkpoint", "step", "start")
 A fresh run's first evaluation is its best so far, so the writes of a best model come first: later ones may be none."""
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-    )
-
-
 def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -101,66 +90,15 @@ def full_disk(*_: Any, **__: Any) -> None:
 # ---- real processes, killed ----------------------------------------------------------------------------------------
 
 
-@cache
-def nursery() -> tuple[subprocess.Popen[str], Path]:
-    """Return the process that forks those we kill, its imports done, and the folder it leaves exit codes in."""
-    tests, codes = Path(__file__).parent, Path(tempfile.mkdtemp())
-    env = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1", "CODES": str(codes)}
-    process = subprocess.Popen(
-        [sys.executable, str(tests / "victim.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-    )  # fmt: skip
-    atexit.register(shutil.rmtree, codes, ignore_errors=True)
-    atexit.register(process.kill)
-    return process, codes
-
-
-_asking = threading.Lock()
-
-
-class Victim:
-    """A training process, as `subprocess.Popen` would give it, without a second spent on imports."""
-
-    def __init__(self, arguments: list[str], log: Path, env: dict[str, str]) -> None:
-        process, self._codes = nursery()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with _asking:
-            process.stdin.write(json.dumps({"arguments": arguments, "log": str(log), "env": env}) + "\n")
-            process.stdin.flush()
-            self.pid = int(process.stdout.readline())
-
-    def poll(self) -> int | None:
-        code = self._codes / str(self.pid)
-        return int(code.read_text()) if code.exists() else None
-
-    def wait(self, timeout: float = 60) -> int:
-        limit = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if time.monotonic() > limit:
-                raise subprocess.TimeoutExpired("victim", timeout)
-            time.sleep(0.01)
-        return code
+VICTIM = Path(__file__).with_name("victim.py")
 
 
 class Group:
     """The processes of one start of a run, each with its loaders' workers in a group of its own."""
 
     def __init__(self, arguments: list[str], processes: int, log: Path, **env: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        tests = Path(__file__).parent
-        common = (
-            os.environ
-            | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{tests}:{tests.parent}"}
-            | env
-        )
-        several = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         self.log = log
-        self.members = [
-            Victim(arguments, log, common | (several | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}))
-            for rank in range(processes)
-        ]  # fmt: skip
+        self.members = [Process(VICTIM, *arguments, log=log, env=env | rank) for rank in ranks(processes)]
 
     @property
     def over(self) -> bool:
@@ -168,10 +106,7 @@ class Group:
 
     def kill(self) -> None:
         for member in self.members:
-            if member.poll() is None:
-                os.killpg(member.pid, signal.SIGKILL)
-        for member in self.members:
-            member.wait()
+            member.kill()
 
     def end(self, timeout: float = 240) -> list[int]:
         try:
@@ -417,7 +352,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path: Path) -> None:
 
 def test_torchrun_and_its_processes_are_signalled_alike(tmp_path: Path) -> None:
     """torchrun passes its signal on: the copy that arrives is not taken for a second wish."""
-    recipe, tests = written_recipe(Row("vit", {"strategy": "full"}, 0), tmp_path, 40), Path(__file__).parent
+    recipe = written_recipe(Row("vit", {"strategy": "full"}, 0), tmp_path, 40)
     command = [
         sys.executable,
         "-m",
@@ -425,18 +360,12 @@ def test_torchrun_and_its_processes_are_signalled_alike(tmp_path: Path) -> None:
         "--standalone",
         "--nproc_per_node",
         "2",
-        str(tests / "victim.py"),
+        str(VICTIM),
     ]
-    env = {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PACE": "0.1",
-        "PYTHONPATH": f"{tests}:{tests.parent}",
-    }
     rows = tmp_path / "torn" / "metrics.jsonl"
     with (tmp_path / "log").open("w") as log:
         agent = subprocess.Popen([*command, "train", str(recipe), "--output", str(tmp_path / "torn"), "-q"],
-                                 stdout=log, stderr=log, env=os.environ | env)  # fmt: skip
+                                 stdout=log, stderr=log, env=os.environ | ENVIRONMENT | {"PACE": "0.1"})  # fmt: skip
     workers = []
     try:
         limit = time.monotonic() + 120
@@ -523,9 +452,6 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-        )
         finetune(recipe("whole"), quiet=True)
         steps = iter(range(1, 9))
         patch.setattr(
@@ -946,9 +872,6 @@ def test_a_disk_that_takes_no_more_keeps_the_last_good_state(
     assert text in error
     assert kept == {path: path.read_bytes() for path in (torn / "checkpoints").rglob("*") if path.is_file()}
     monkeypatch.undo()
-    monkeypatch.setattr(
-        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-    )
     resume(torn, quiet=True)
     assert_same(stopped / "whole", torn)
 

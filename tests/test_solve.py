@@ -34,13 +34,16 @@ FAMILIES = ["resnet", "vit", "vision-convnext", "bert"]
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_FINETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-    )
 
 
 def solved(family: str, output: Path, solver: str | None, **changes: Any) -> Run:
     return runs.run(family, output, strategy={"name": "frozen", "solver": solver}, **changes)
+
+
+@cache
+def fitted(family: str, solver: str) -> Run:
+    """Return a run whose head a solver fitted, for all tests that look at it."""
+    return solved(family, Path(runs._ROOT.name) / f"{solver} {family}", solver)
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -170,8 +173,8 @@ def by_gradient(family: str) -> Run:
 
 @pytest.mark.parametrize("solver", ["lbfgs", "ridge"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_head_is_fitted_to_the_minimum(family: str, solver: str, tmp_path: Path) -> None:
-    run = solved(family, tmp_path / "run", solver)
+def test_a_head_is_fitted_to_the_minimum(family: str, solver: str) -> None:
+    run = fitted(family, solver)
     assert (run.status["status"], run.status["total_steps"]) == ("done", 1)
     (row,), (measured,) = runs.train_rows(run), runs.evaluations(run)
     assert (row["step"], row["epoch"], row["lr"]) == (1, 1.0, {})
@@ -229,7 +232,7 @@ def test_lp_ft_goes_on_from_the_head_that_was_solved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("solver", ["lbfgs", "ridge"])
 def test_views_are_fitted_where_they_are_kept(solver: str, tmp_path: Path) -> None:
     augment = ["horizontal_flip", "random_resized_crop"]
-    run = solved("vit", tmp_path / "run", solver, augment=augment, cache={"views": 3})
+    run = solved("resnet", tmp_path / "run", solver, augment=augment, cache={"views": 3})
     assert "36 train rows and 7 validation rows" in run.status["features"]["1 head"]
 
 
@@ -263,7 +266,7 @@ def test_what_solvers_leave_to_gradient_steps_is_told(tmp_path: Path) -> None:
 
 def test_a_full_disk_means_features_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for family in ("resnet", "bert"):
-        usual = solved(family, tmp_path / f"usual {family}", "lbfgs")
+        usual = fitted(family, "lbfgs")
         disk.prune(0)
         with monkeypatch.context() as patch:
             patch.setattr(store.os, "pwrite", full)
@@ -285,8 +288,8 @@ def test_the_last_layer_can_be_fitted_anew_after_training(tmp_path: Path) -> Non
 
 
 def test_an_average_starts_from_the_head_that_was_solved(tmp_path: Path) -> None:
-    averaged = solved("resnet", tmp_path / "ema", "lbfgs", training={"ema": {"decay": 0.9}})
-    assert runs.same(runs.weights(averaged), runs.weights(solved("resnet", tmp_path / "plain", "lbfgs")))
+    averaged = solved("vit", tmp_path / "ema", "lbfgs", training={"ema": {"decay": 0.9}})
+    assert runs.same(runs.weights(averaged), runs.weights(fitted("vit", "lbfgs")))
 
 
 # ---- resume -------------------------------------------------------------------------------------------------------
@@ -309,7 +312,7 @@ def test_a_run_stopped_at_every_step_ends_the_same(tmp_path: Path) -> None:
 
 
 def test_a_fit_that_is_interrupted_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = solved("resnet", tmp_path / "whole", "lbfgs")
+    whole = fitted("vit", "lbfgs")
     real = solve.evaluate
 
     def stopping(*given: Any, **options: Any) -> Any:
@@ -318,10 +321,10 @@ def test_a_fit_that_is_interrupted_is_done_again(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(solve, "evaluate", stopping)
     with pytest.raises(Interrupted, match="SIGTERM"):
-        solved("resnet", tmp_path / "torn", "lbfgs")
+        solved("vit", tmp_path / "torn", "lbfgs")
     assert load_run(tmp_path / "torn").status["status"] == "interrupted"
     monkeypatch.setattr(solve, "evaluate", real)
-    recipe = runs.recipe("resnet", tmp_path / "torn", strategy={"name": "frozen", "solver": "lbfgs"})
+    recipe = runs.recipe("vit", tmp_path / "torn", strategy={"name": "frozen", "solver": "lbfgs"})
     torn = runs.finetune(recipe, resume=True, quiet=True)
     assert runs.same(runs.weights(whole), runs.weights(torn))
     assert [row["step"] for row in torn.rows] == [1, 1]

@@ -30,13 +30,6 @@ FAMILIES = ("resnet", "vit", "bert")
 Belongs = Callable[[Parameter, Anatomy], bool]
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-    )
-
-
 def first_third(parameter: Parameter, anatomy: Anatomy) -> bool:
     return parameter.group in {*anatomy.groups[: max(1, (len(anatomy.groups) - 1) // 3)], HEAD}
 
@@ -255,9 +248,6 @@ def test_no_train_call_wakes_what_is_frozen(
     head = {p.name for p in runs.start(run).anatomy.parameters if p.group == HEAD}
     assert runs.moved(run) == head
     monkeypatch.undo()
-    monkeypatch.setattr(
-        "hf_finetune.record.save_curves", lambda rows, best, path, *, title: path.write_bytes(b"")
-    )
     polite = runs.run(family, tmp_path / "polite", strategy="frozen", training={"steps": 6}, **every)
     assert runs.same(runs.weights(run), runs.weights(polite))
 

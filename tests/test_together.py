@@ -16,17 +16,16 @@ from hf_finetune.recipe import dump_recipe
 from hf_finetune.runfolder import load_run
 from hf_finetune.runlock import LOCK, RunLock
 from hf_finetune.train import finetune
+from nursery import Process, ranks
 
 SCRIPT = """
 import errno, os, sys
 import torch
-import conftest
 import hf_finetune.freeze, hf_finetune.hub.artefact, hf_finetune.runfolder, hf_finetune.setup, hf_finetune.train
 from hf_finetune import cli
 from hf_finetune.errors import ModelError
 
 torch.set_num_threads(1)
-hf_finetune.record.save_curves = lambda rows, best, path, *, title: path.write_bytes(b"")
 case, rank = sys.argv[1], int(os.environ["RANK"])
 
 
@@ -87,33 +86,24 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_end_with_one_message(case: str, tmp_path: Path) -> None:
-    recipe, tests = tmp_path / "r.yaml", Path(__file__).parent
+    recipe, script = tmp_path / "r.yaml", tmp_path / "script.py"
     changes = {"strategy": "frozen", "monitor": {"evaluate": "2 steps"}}
     recipe.write_text(dump_recipe(runs.recipe("vit", **changes)), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
-    command = [sys.executable, "-c", SCRIPT, case, str(recipe), str(tmp_path / "run")]
+    script.write_text(SCRIPT, encoding="utf-8")
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
     members = [
-        subprocess.Popen(
-            command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+        Process(script, case, str(recipe), str(tmp_path / "run"), log=log, env=rank)
+        for log, rank in zip(logs, ranks(2), strict=True)
+    ]
     try:
-        printed = [member.communicate(timeout=120)[1] for member in members]
+        codes = [member.wait(120) for member in members]
     finally:
         for member in members:
             member.kill()
+    printed = [log.read_text() for log in logs]
     message, is_left = CASES[case]
     code = 2 if case in ("backbone", "recipe") else 1
-    assert [member.returncode for member in members] == [code, 1 if is_left else code], printed
+    assert codes == [code, 1 if is_left else code], printed
     errors = [line for text in printed for line in text.splitlines() if line.startswith("error: ")]
     assert sum(message.format(run=tmp_path / "run") in line for line in errors) == 1, printed
     assert len(errors) == 1 + is_left, errors

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from hf_finetune.errors import RecipeError, did_you_mean
 from hf_finetune.models.anatomy import HEAD, Anatomy, Parameter
 from hf_finetune.monitor import PatienceSpec
-from hf_finetune.spec import Duration, DurationField, Rate, RateField, Spec
+from hf_finetune.spec import Duration, DurationField, Pattern, Rate, RateField, Spec
 
 BatchNorm = Literal["auto", "frozen", "adapt", "train"]
 Solver = Literal["lbfgs", "ridge"]
@@ -45,17 +45,8 @@ _BLOCK = re.compile(r"^block\.\d+$")
 class MatchSpec(Spec):
     """Parameters whose qualified name the regular expression finds."""
 
-    match: str
+    match: Pattern
     """A regular expression; the parameters' names are those of `model.named_parameters()`."""
-
-    @field_validator("match")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return value
 
 
 def _check_selector(value: str) -> str:
