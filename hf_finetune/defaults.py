@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_finetune.errors import RecipeError
 from hf_finetune.models.anatomy import HEAD, Anatomy, Family
+from hf_finetune.models.spec import HeadInit
 from hf_finetune.recipe import Recipe
 from hf_finetune.spec import Duration, Rate
 from hf_finetune.strategies.base import StrategySpec
@@ -28,6 +29,8 @@ class Start:
     """Rate of the backbone as a multiple of the base rate."""
     layer_decay: float | None = None
     warmup_percent: float = 10.0
+    head: HeadInit = "zero"
+    """How a new output layer starts."""
 
 
 _SOURCES = {
@@ -56,8 +59,8 @@ STARTS: dict[str, dict[Family, Start]] = {
     },
     "full": {
         "cnn": Start(1e-4, 0.05),
-        "vit": Start(5e-5, 0.05),
-        "text": Start(5e-5, 0.01),
+        "vit": Start(5e-5, 0.05, head="small"),
+        "text": Start(5e-5, 0.01, head="small"),
     },
     "frozen": {
         "cnn": Start(1e-2, 0.0, warmup_percent=0),
@@ -72,7 +75,7 @@ STARTS: dict[str, dict[Family, Start]] = {
     "layer_decay": {
         "cnn": Start(2e-4, 0.05, layer_decay=0.8),
         "vit": Start(5e-4, 0.05, layer_decay=0.75),
-        "text": Start(1e-4, 0.01, layer_decay=0.8),
+        "text": Start(1e-4, 0.01, layer_decay=0.8, head="small"),
     },
     "gradual": {
         "cnn": Start(3e-3, 0.05, backbone=0.02),
@@ -102,7 +105,7 @@ STARTS: dict[str, dict[Family, Start]] = {
     "lora": {
         "cnn": Start(3e-3, 1e-4, backbone=0.3),
         "vit": Start(1e-3, 1e-4),
-        "text": Start(5e-4, 0.01),
+        "text": Start(5e-4, 0.01, head="small"),
     },
     "lora_plus": {
         "cnn": Start(3e-3, 1e-4, backbone=0.1),
@@ -136,6 +139,7 @@ LR_FACTORS = {"adamw": 1.0, "adam": 1.0, "nadam": 1.0, "nadamw": 1.0, "radam": 1
 REFERENCE_WIDTHS: dict[Family, int] = {"cnn": 1280, "vit": 768, "text": 768}
 WIDTH_FACTORS = (0.25, 10.0)
 """Smallest and largest correction for the width."""
+_ZERO = "the first loss is ln(classes), and the first steps do not distort the layers below (BiT, LP-FT)"
 _ALL_AT_ONE_RATE = frozenset({"scratch", "full", "layer_decay"})
 
 # Under this many training samples BatchNorm statistics stay as pretrained: fine-tuning sees too few, too small batches.
@@ -186,6 +190,9 @@ def resolve(
         choices.append(Choice(place, value, why))
         return value
 
+    backbone = recipe.backbone
+    why = "a head that starts at zero learns too slowly at this rate" if start.head == "small" else _ZERO
+    head = choose("backbone.head_init", backbone.head_init, start.head, why)
     name = choose("optimizer.name", optimizer.name, "adamw", "the default of modern fine-tuning recipes")
     if optimizer.lr == "auto" and name not in LR_FACTORS:
         raise RecipeError(
@@ -224,7 +231,13 @@ def resolve(
         ema_decay = choose("training.ema.decay", training.ema.decay, _round(value), why)
         training = training.model_copy(update={"ema": training.ema.model_copy(update={"decay": ema_decay})})
     resolved = recipe.model_copy(
-        update={"optimizer": optimizer, "strategy": strategy, "schedule": schedule, "training": training}
+        update={
+            "backbone": backbone.model_copy(update={"head_init": head}),
+            "optimizer": optimizer,
+            "strategy": strategy,
+            "schedule": schedule,
+            "training": training,
+        }
     )
     return resolved, choices
 

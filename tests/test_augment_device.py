@@ -20,7 +20,7 @@ from hf_finetune.inference import evaluate_model
 from hf_finetune.models.backbone import ImageInput
 from hf_finetune.recipe import load_recipe
 from hf_finetune.runfolder import Run
-from hf_finetune.setup import MOST_WORKERS, augmenting_on, prepare
+from hf_finetune.setup import ENOUGH_CORES, augmenting_on, prepare
 from test_augment import photo
 
 INPUT = ImageInput((32, 48), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 0.875, "center", "bicubic")
@@ -209,9 +209,9 @@ def test_explain_shows_what_the_device_makes(tmp_path: Path, capsys: pytest.Capt
     [
         ("auto", "image", "cpu", 2, "workers"),
         ("auto", "image", "mps", 2, "workers"),
-        ("auto", "image", "cuda", 8, "accelerator"),
-        ("auto", "image", "cuda", MOST_WORKERS + 1, "workers"),
-        ("auto", "text", "cuda", 8, "workers"),
+        ("auto", "image", "cuda", ENOUGH_CORES - 1, "accelerator"),
+        ("auto", "image", "cuda", ENOUGH_CORES, "workers"),
+        ("auto", "text", "cuda", 4, "workers"),
         ("workers", "image", "cuda", 8, "workers"),
         ("accelerator", "image", "cpu", 8, "accelerator"),
     ],
@@ -223,7 +223,7 @@ def test_auto_is_the_accelerator_where_cores_are_few(
     on, why = augmenting_on(asked, modality, 1, torch.device(device))
     assert on == chosen
     if chosen == "accelerator" and asked == "auto":
-        assert why.startswith(f"{cores} cores for each process, too few for {MOST_WORKERS} workers")
+        assert why.startswith(f"{cores} cores for each process, under {ENOUGH_CORES}")
 
 
 def test_a_resumed_run_augments_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

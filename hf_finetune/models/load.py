@@ -213,6 +213,8 @@ def _merged_into_base(spec: BackboneSpec, source: Source, modality: Modality, fo
     return replace(source, library=base.library, config=config, prepared=folder)
 
 
+SMALL_STD = 0.02
+"""Of the weights of a head that starts small."""
 _OTHER_TASK = "Take a backbone for the task's kind of data, or the task for the backbone's."
 
 
@@ -297,13 +299,27 @@ def _outputs(where: str, model: nn.Module, labels: Labels) -> dict[str, nn.Modul
 
 def _start_outputs(spec: BackboneSpec, outputs: Mapping[str, nn.Module], new: frozenset[str]) -> None:
     """Start a new output layer at zero: all classes equally likely at first (BiT, Kolesnikov et al. 2020)."""
-    if spec.head_init != "zero":
+    if spec.head_init == "library":
         return
     with torch.no_grad():
         for path, layer in outputs.items():
             if f"{path}.weight" in new:
                 for tensor in layer.parameters():
                     tensor.zero_()
+
+
+@torch.no_grad()
+def start_small(backbone: Backbone, seed: int) -> None:
+    """Draw the weights of a new output layer with a standard deviation of 0.02, as BERT's and ViT's were.
+
+    At a small rate a head that starts at zero stays near it for hundreds of steps, and the layers below it learn next
+    to nothing from it meanwhile.
+    """
+    parameters = dict(backbone.model.named_parameters())
+    with seeded(seed):
+        for each in backbone.anatomy.parameters:
+            if each.is_output and each.is_new and not each.is_bias:
+                parameters[each.name].normal_(std=SMALL_STD)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from hf_finetune.spec import Spec
 
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 """Weights files of torch that are not safetensors."""
-HeadInit = Literal["zero", "library"]
+HeadInit = Literal["auto", "zero", "small", "library"]
 Quantize = Literal["8bit", "4bit"]
 
 
@@ -25,8 +25,10 @@ class BackboneSpec(Spec):
     """False starts from random weights."""
     options: dict[str, Any] = {}
     """Passed to the model's constructor (`drop_path_rate`, `attn_implementation`, …)."""
-    head_init: HeadInit = "zero"
-    """`zero` starts the new output layer at zero, so the first loss is ln(classes); `library` keeps the library's."""
+    head_init: HeadInit = "auto"
+    """`zero` starts the new output layer at zero, so the first loss is ln(classes); `small` at a standard deviation of
+    0.02; `library` as the library does. auto = small where a transformer's head learns at the small rate of the layers
+    below it (`full`, and on texts `layer_decay` and `lora`), zero elsewhere."""
     quantize: Quantize | None = None
     """Keep the linear layers of the blocks in `8bit` or `4bit`, for adapters to learn on (bitsandbytes:
     `pip install 'hf_finetune[quantize]'`); null = in full."""
