@@ -27,7 +27,7 @@ LASTING = (16, 24, 176, 16, 96, 24, 16, 184, 24, 488, 16, 96, 32, 64)
 """Bytes of the small blocks that live as long as a tensor: nodes of its graph, its sizes and strides."""
 PASSING = (24, 16, 32, 64, 48, 8, 96, 40)
 """Bytes of small blocks that an operation has in use when it asks for its output. Kinds as seen in MobileNetV2 and in
-ViT with LoRA, numbers such that these two come out as measured."""
+ViT with LoRA; their number was chosen with MobileNetV2, ViT and MiniLM in sight (docs/performance.md)."""
 NO_PADDING = (-2, 0)
 """M_TOP_PAD: the heap grows by what is asked for, not by 132 kB more, which would hide what a small network takes."""
 TURNS = (0, 1, 3)

