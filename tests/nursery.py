@@ -140,6 +140,8 @@ def _become(request: dict[str, Any]) -> int:
     try:
         runpy.run_path(request["script"], run_name="__main__")
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()

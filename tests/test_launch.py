@@ -12,6 +12,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
+import nursery
 from hf_finetune.parallel import holding
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +106,6 @@ def test_a_job_is_described_as_the_hub_takes_it(tmp_path: Path) -> None:
         assert text in done.stdout, done.stdout
 
 
-def test_the_tables_of_what_a_step_costs_are_what_the_code_says() -> None:
-    command = [sys.executable, "scripts/scale_table.py", "--check"]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-500:]
+def test_the_tables_of_what_a_step_costs_are_what_the_code_says(tmp_path: Path) -> None:
+    codes, printed = nursery.run(ROOT / "scripts" / "scale_table.py", "--check", log=tmp_path / "log")
+    assert codes == [0], printed[-500:]
