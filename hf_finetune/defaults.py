@@ -75,7 +75,7 @@ STARTS: dict[str, dict[Family, Start]] = {
     "layer_decay": {
         "cnn": Start(2e-4, 0.05, layer_decay=0.8),
         "vit": Start(5e-4, 0.05, layer_decay=0.75),
-        "text": Start(1e-4, 0.01, layer_decay=0.8, head="small"),
+        "text": Start(1e-4, 0.01, layer_decay=0.8),
     },
     "gradual": {
         "cnn": Start(3e-3, 0.05, backbone=0.02),
