@@ -110,7 +110,7 @@ STARTS: dict[str, dict[Family, Start]] = {
     "lora_plus": {
         "cnn": Start(3e-3, 1e-4, backbone=0.1),
         "vit": Start(1e-3, 1e-4, backbone=0.2),
-        "text": Start(5e-4, 0.01, backbone=0.2),
+        "text": Start(5e-4, 0.01, backbone=0.2, head="small"),
     },
     "vectors": {
         "cnn": Start(3e-3, 0.0, backbone=2),
@@ -120,7 +120,7 @@ STARTS: dict[str, dict[Family, Start]] = {
     "rotations": {
         "cnn": Start(3e-3, 0.0),
         "vit": Start(1e-3, 0.0),
-        "text": Start(5e-4, 0.0),
+        "text": Start(5e-4, 0.0, head="small"),
     },
     "phases": {
         "cnn": Start(3e-3, 0.05, backbone=0.02),

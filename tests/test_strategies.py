@@ -111,6 +111,35 @@ def test_the_rate_logged_is_base_times_multiple_times_schedule(
         assert row["lr"] == pytest.approx(expected), row["step"]
 
 
+@pytest.mark.parametrize(
+    ("name", "strategy", "asked", "start"),
+    [
+        ("bert", "full", "auto", "small"),
+        ("bert", "lora", "auto", "small"),
+        ("bert", {"name": "discriminative", "layer_decay": "auto"}, "auto", "zero"),
+        ("bert", "frozen", "auto", "zero"),
+        ("vit", "full", "auto", "small"),
+        ("resnet", "full", "auto", "zero"),
+        ("resnet", "full", "small", "small"),
+        ("bert", "full", "zero", "zero"),
+    ],
+)
+def test_a_head_at_a_small_rate_starts_small(name: str, strategy: Any, asked: str, start: str) -> None:
+    backbone = {"id": runs.backbone(name), "head_init": asked}
+    setup = prepare(
+        runs.recipe(name, strategy=strategy, backbone=backbone), world_size=1, device=torch.device("cpu")
+    )
+    assert setup.recipe.backbone.head_init == start
+    assert any(choice.key == "backbone.head_init" for choice in setup.choices) == (asked == "auto")
+    weights = setup.backbone.model.state_dict()
+    for each in (each for each in setup.backbone.anatomy.parameters if each.is_output):
+        std = float(weights[each.name].std(correction=0))
+        if start == "small" and not each.is_bias:
+            assert std == pytest.approx(0.02, rel=0.3)
+        else:
+            assert not weights[each.name].any()
+
+
 @pytest.mark.parametrize("family", ["resnet", "vit", "bert-dry"])
 @pytest.mark.parametrize(
     ("strategy", "multiple"),
