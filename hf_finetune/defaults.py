@@ -59,7 +59,7 @@ STARTS: dict[str, dict[Family, Start]] = {
     },
     "full": {
         "cnn": Start(1e-4, 0.05),
-        "vit": Start(5e-5, 0.05, head="small"),
+        "vit": Start(5e-5, 0.05),
         "text": Start(5e-5, 0.01, head="small"),
     },
     "frozen": {

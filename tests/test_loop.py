@@ -292,6 +292,7 @@ def test_multi_label(tmp_path: Path) -> None:
         "bert",
         tmp_path / "run",
         strategy="full",
+        backbone={"id": runs.backbone("bert"), "head_init": "zero"},
         data={"path": path, "labels": "multi"},
         training={"steps": 8},
     )

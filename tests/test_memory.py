@@ -161,7 +161,7 @@ def test_gaps_of_the_heap_are_foreseen() -> None:
     crossing = [*in_turn, *((-2 * at - 1, 0) for at in range(1, 41))]
     gaps = taken([crossing], kept=[], repeats=3, options=options)
     assert gaps is not None
-    assert gaps > 1.2 * (41 << 20)
+    assert gaps > 1.1 * (41 << 20), "how much is glibc's: 1.14 and 2.1 times were seen, by environment"
 
 
 @pytest.mark.parametrize(("name", "strategy"), [("vit", "lora"), ("resnet", "frozen"), ("vit", "gradual")])

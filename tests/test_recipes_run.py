@@ -65,8 +65,9 @@ def test_full_runs_unedited_on_every_family(name: str, modality: str, family: st
     )
     assert run.status["status"] == "done"
     first = next(row for row in run.rows if row["split"] == "train")
-    assert first["loss"] == pytest.approx(math.log(len(run.status["labels"])), abs=2e-3), (
-        "a head of zeros knows nothing"
+    tolerance = 2e-3 if modality == "image" else 0.05  # heads of text models start small, others at zero
+    assert first["loss"] == pytest.approx(math.log(len(run.status["labels"])), abs=tolerance), (
+        "a new head knows nothing"
     )
     config = json.loads((run.model_folder / "config.json").read_text())
     names = config.get("label_names") or [

@@ -81,7 +81,10 @@ def test_exactly_what_should_learn_moves(case: str, family: str, tmp_path: Path)
         p.size for p in anatomy.parameters if learns(p, anatomy)
     )
     if case != "scratch":
-        assert run.rows[0]["loss"] == pytest.approx(math.log(len(run.status["labels"])), abs=1e-6)
+        is_small = run.status["auto"]["backbone.head_init"].startswith("small")
+        assert run.rows[0]["loss"] == pytest.approx(
+            math.log(len(run.status["labels"])), abs=0.05 if is_small else 1e-6
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,7 +121,7 @@ def test_the_rate_logged_is_base_times_multiple_times_schedule(
         ("bert", "lora", "auto", "small"),
         ("bert", {"name": "discriminative", "layer_decay": "auto"}, "auto", "zero"),
         ("bert", "frozen", "auto", "zero"),
-        ("vit", "full", "auto", "small"),
+        ("vit", "full", "auto", "zero"),
         ("resnet", "full", "auto", "zero"),
         ("resnet", "full", "small", "small"),
         ("bert", "full", "zero", "zero"),

@@ -27,8 +27,8 @@ class BackboneSpec(Spec):
     """Passed to the model's constructor (`drop_path_rate`, `attn_implementation`, …)."""
     head_init: HeadInit = "auto"
     """`zero` starts the new output layer at zero, so the first loss is ln(classes); `small` at a standard deviation of
-    0.02; `library` as the library does. auto = small where a transformer's head learns at the small rate of the layers
-    below it (`full`, and `lora` and its like on texts), zero elsewhere."""
+    0.02; `library` as the library does. auto = small where the head of a text model learns at the small rate of what
+    lies below it (`full`, `lora` and its like), zero elsewhere."""
     quantize: Quantize | None = None
     """Keep the linear layers of the blocks in `8bit` or `4bit`, for adapters to learn on (bitsandbytes:
     `pip install 'hf_finetune[quantize]'`); null = in full."""
