@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hf_finetune.checks import Conflict, conflicts
+from hf_finetune.checks import conflicts
+from hf_finetune.checks.conflict import Conflict
 from hf_finetune.errors import nearest
 from hf_finetune.recipe_errors import Place, Problem, recipe_error
 from hf_finetune.recipe_layers import changed, merged, overridden, removal, spelled_out

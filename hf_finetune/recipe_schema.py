@@ -366,7 +366,8 @@ def _unknown_key(keys: Keys, root: Node) -> Problem:
     node, key, section = node_at(root, keys), str(keys[-1]), keys[:-1]
     known = known_keys(section, root) or []
     elsewhere, match = _elsewhere(key, section, root), nearest(key, known)
-    if elsewhere:
+    # A section by almost its name tells itself by what it holds: `train: {epochs: 5}` is not data.train.
+    if elsewhere and not (match and _holds_keys_of((*section, match), node.value, root)):
         lines = [elsewhere]
     else:
         deeper = {f"{home}.{name}".lstrip("."): name for home, name in _sections(Slot(Recipe))}
@@ -377,6 +378,11 @@ def _unknown_key(keys: Keys, root: Node) -> Problem:
         )
         lines.append(f"allowed: {', '.join(known if section else ['extends', *known])}")
     return Problem(node.place, dotted(keys), (f"unknown key, given {written(node)}", *lines))
+
+
+def _holds_keys_of(section: Keys, value: Any, root: Node) -> bool:
+    known = known_keys(section, root) or []
+    return isinstance(value, dict) and bool(value) and set(value) <= set(known)
 
 
 def _elsewhere(key: str, section: Keys, root: Node) -> str | None:

@@ -80,6 +80,8 @@ class Record:
     memory: Meter | None = None
     """Counts from when everything is loaded."""
     _stop_metering: Callable[[], Emissions | None] | None = None
+    _drawn: bool = False
+    """Whether the curves show all that was logged."""
 
     @classmethod
     def open(
@@ -240,8 +242,7 @@ class Record:
 
     def _check_reload(self, signals: Sequence[str]) -> None:
         def on_wait() -> None:
-            import matplotlib.backends.backend_agg  # noqa: F401  draws the curves next; imported here it takes no time
-
+            self._draw()  # beside the waiting it takes no time
             if signals:
                 raise Interrupted(f"stopped by {signals[0]} while the model was loaded to compare it")
 
@@ -312,10 +313,17 @@ class Record:
 
     def _describe(self) -> None:
         """Draw the curves, and bring card and pictures beside the kept weights up to what the run knows now."""
+        self._draw()
         run = load_run(self.path)
-        save_curves(run.rows, run.best, self.path / "curves.png", title=self.path.name)
         if run.model_folder.is_dir():
             describe(run.model_folder, self.setup, run)
+
+    def _draw(self) -> None:
+        """Draw the curves, once for all that has been logged so far."""
+        if not self._drawn:
+            run = load_run(self.path)
+            save_curves(run.rows, run.best, self.path / "curves.png", title=self.path.name)
+            self._drawn = True
 
     def _seconds(self) -> float:
         """Return the wall time of the run, that of before an interruption included."""
@@ -326,6 +334,7 @@ class Record:
         place = {"step": step, "epoch": self.setup.timeline.epoch(step), "phase": self.setup.plans[phase].name,
                  "phase_index": phase, "seconds": round(self._seconds(), 3)}  # fmt: skip
         self._folder.log(place | row)
+        self._drawn = False
 
     def _write_model(self, model: nn.Module, live: nn.Module, best: dict | None) -> None:
         """Write `model/` aside, then put it in the place of the older one; `live` is the model as it was measured."""

@@ -277,6 +277,20 @@ BROKEN = [
         """,
     ),
     Broken(
+        "section by almost its name",
+        """
+        train:
+          epochs: 3
+        """,
+        """
+        recipe.yaml:1: train
+          unknown key, given {epochs: 3}
+          did you mean 'training'?
+          allowed: extends, task, backbone, data, augment, strategy, optimizer, schedule, training, cache, monitor, trackers, output, hub
+        1 problem in recipe.yaml
+        """,
+    ),
+    Broken(
         "key of another section",
         """
         strategy: frozen
