@@ -51,6 +51,16 @@ def malloc_options() -> tuple[tuple[int, int], ...]:
     return (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
+def drop_freed_memory() -> None:
+    """Give freed memory back to the system, once: for a process forked from one that keeps it.
+
+    To a fork freed pages look used. It would hold on to each as it was, while its parent writes to a copy: a data
+    worker that started after the first step had taken as much as all activations of the run.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def threads_to_use() -> int | None:
     """Return how many threads a process that computes on the CPU should use; None for as many as it has.
 

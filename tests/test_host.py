@@ -29,6 +29,25 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+WORKER = """
+import numpy as np, psutil, torch
+from hf_finetune import host
+from hf_finetune.data.loaders import loader_over
+
+class Data:
+    tokenizer = None
+    def __getitem__(self, key):
+        return {"inputs": {"pixel_values": torch.zeros(1)}, "label": torch.tensor(0), "weight": 1.0, "index": key}
+
+print(host.keep_freed_memory())
+np.ones(64 << 20)  # 512 MB, freed at once, as activations are
+batches = iter(loader_over(Data(), [[0]] * 20, workers=1))
+next(batches)
+own = psutil.Process()
+print(own.memory_info().rss, *[child.memory_info().rss for child in own.children()])
+"""
+
+
 def _python(code: str, *arguments: str, env: dict[str, str] = CLEAN) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=120
@@ -45,6 +64,14 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     assert int(faults) < 20_000, "one allocation's pages at most"
     if int(before) > 300_000:  # 20 times 16,384 pages; fewer where the system gives huge pages
         assert int(faults) < int(before) / 10
+
+
+def test_a_data_worker_holds_nothing_of_what_its_process_has_freed() -> None:
+    kept, own, *workers = _python(WORKER)
+    if kept == "False":
+        pytest.skip("not glibc")
+    assert len(workers) == 1
+    assert int(own) - int(workers[0]) > 600e6  # libraries that it does not touch are a third of a GB less
 
 
 @pytest.mark.parametrize("name", host._USERS_OWN)

@@ -76,6 +76,7 @@ def test_the_blocks_are_quantised_and_nothing_else(family: str, kind: str) -> No
 def test_what_is_saved_is_what_was_trained(method: str, kind: str, tmp_path: Path) -> None:
     if kind not in METHODS[method].on:
         pytest.skip("refused by a check of the recipe")
+    torch.manual_seed(0)  # of the head below and of dropout: how far rounding carries depends on them
     backbone = add_adapters(base("bert", kind), AdapterSpec(method=method), seed=0, total_steps=8)
     adapter = backbone.adapter
     assert adapter is not None

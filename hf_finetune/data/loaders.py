@@ -37,6 +37,7 @@ from hf_finetune.data.order import cut_by_tokens, share_by_tokens
 from hf_finetune.data.order import epoch_batches as epoch_batches
 from hf_finetune.data.order import share as share
 from hf_finetune.data.tokens import Tokens, encode
+from hf_finetune.host import drop_freed_memory
 from hf_finetune.models.backbone import FEATURES, ImageInput, TextInput
 
 if TYPE_CHECKING:
@@ -418,6 +419,7 @@ def _options(dataset: EvalSet, workers: int, pin_memory: bool) -> dict[str, Any]
 
 def _start_worker(worker: int) -> None:
     """Keep a worker to one thread, the others are its siblings', and let it end when its process says so only."""
+    drop_freed_memory()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # A terminal or a cluster signals workers too. Their process decides: it may still need them for the last step.
