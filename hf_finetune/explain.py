@@ -17,7 +17,7 @@ from hf_finetune.evaluation import evaluate, to_device
 from hf_finetune.features.feed import Feed
 from hf_finetune.features.plan import Plan
 from hf_finetune.forecast import Forecast, foresee, ready, with_features
-from hf_finetune.freeze import FreezeScope, fingerprints, frozen_tensors
+from hf_finetune.freeze import FreezeScope, fingerprints, frozen_tensors, weights_fingerprint
 from hf_finetune.memory import available, in_use
 from hf_finetune.optim import build_optimizer
 from hf_finetune.precision import accelerator_in
@@ -36,6 +36,8 @@ def explain_recipe(recipe: Recipe, folder: Path) -> None:
     """
     state = process_state()
     setup = ready(recipe, state)
+    # A run reads all its weights before it counts: those of a mapped file are in memory once they are read.
+    weights_fingerprint(setup.backbone.model)
     start = in_use(state.device)
     accelerator = accelerator_in(setup.recipe.training.precision)
     _print_data(setup)

