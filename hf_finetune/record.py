@@ -389,7 +389,7 @@ class Record:
             "notes": [*setup.splits.report.notes, *setup.notes],
             "auto": {choice.key: f"{choice.value} ({choice.why})" for choice in setup.choices},
             "versions": versions(),
-            "hardware": hardware() | {"device": str(state.device)},
+            "hardware": hardware() | {"device": state.device.type},
         }  # fmt: skip
 
 

@@ -153,7 +153,6 @@ def _fact_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
         ("labels",),
         ("processes",),
         ("parallel",),
-        ("hardware", "device"),
     ]
     places += [("versions", package) for package in RESULT_PACKAGES]
     if _at(was, ("backbone", "quantize")):
@@ -162,6 +161,10 @@ def _fact_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
         before, after = _at(was, place), _at(now, place)
         if before is not None and before != after:
             yield f"{' '.join(place)}: was {before}, is {after}"
+    # "cuda:0" and "cpu:0" are what earlier versions wrote of the first of several processes.
+    before, after = _at(was, ("hardware", "device")), _at(now, ("hardware", "device"))
+    if before is not None and str(before).partition(":")[0] != after:
+        yield f"hardware device: was {before}, is {after}"
     for part in ("backbone", "data"):
         before, after = _at(was, (part, "commit")), _at(now, (part, "commit"))
         same_content = _at(was, (part, "fingerprint")) == _at(now, (part, "fingerprint"))

@@ -22,7 +22,7 @@ from hf_finetune.models.backbone import TextInput
 from hf_finetune.monitor import Best
 from hf_finetune.record import Record
 from hf_finetune.setup import Setup
-from hf_finetune.together import by_everyone, is_lost_peer
+from hf_finetune.together import by_everyone, is_lost_peer, lost_peer
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def named_failures(setup: Setup) -> Iterator[None]:
             ) from error
         if not is_lost_peer(error):
             raise
-        raise TrainingError("another process of this run has ended; it said why, if it still could") from None
+        raise lost_peer() from None
 
 
 def asked_to_stop(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from hf_finetune.errors import FinetuneError
+from hf_finetune.errors import FinetuneError, TrainingError
 
 T = TypeVar("T")
 _WORDS_OF_A_LOST_PEER = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
@@ -23,6 +23,7 @@ def together(action: Callable[[], T], *, main_only: bool = False) -> T:
 
     Raises:
         FinetuneError: the process's own, or the first other one's.
+        TrainingError: another process is gone.
     """
     state = PartialState()
     result: Any = None
@@ -33,7 +34,12 @@ def together(action: Callable[[], T], *, main_only: bool = False) -> T:
         except FinetuneError as error:
             failure = error
     if state.num_processes > 1:
-        found = gather_object([(failure, result if main_only else None)])
+        try:
+            found = gather_object([(failure, result if main_only else None)])
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            raise failure or lost_peer() from None
         failures = [error for error, _ in found]
         if main_only:
             result = found[0][1]
@@ -60,6 +66,14 @@ def by_everyone(error: FinetuneError) -> FinetuneError:
     """Return an error that every process raises alike, told by the main one alone."""
     error.told = not PartialState().is_main_process
     return error
+
+
+def lost_peer() -> TrainingError:
+    """Return the error of a process that another one has left."""
+    return TrainingError(
+        "another process of this run has ended; it said why, if it still could. `--resume` goes on from the run's last "
+        "checkpoint."
+    )
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -103,18 +103,43 @@ SHARED |= {
     ),
 }
 
-# What two processes do once the arms are through: a run of half the steps goes on, in its own folder.
+# A run of half the steps goes on, held in another way: (held before, held now, what refuses it without --allow-changes).
+CHANGES: dict[str, tuple[str, dict[str, str], str]] = {
+    "fsdp2": ("fsdp2", {}, ""),
+    "zero-3": ("fsdp2", ZERO["zero-3"], ""),
+    "zero-2": ("fsdp2", ZERO["zero-2"], ""),
+    "ddp": ("fsdp2", {"ACCELERATE_USE_FSDP": "false"}, "parallel: was fsdp2, is ddp"),
+    "one, fsdp2": ("one", {}, "processes: was 1, is 2\nparallel: was whole, is fsdp2"),
+    "one, ddp": ("one", {"ACCELERATE_USE_FSDP": "false"}, "processes: was 1, is 2\nparallel: was whole, is ddp"),
+}  # fmt: skip
+
+# What two processes do once the arms are through.
 RESUMES = """
-import shutil
+import json, os, shutil, sys
 from pathlib import Path
+from unittest.mock import patch
 from accelerate import PartialState
+from hf_finetune.errors import UserError
 from hf_finetune.recipe import load_recipe
 from hf_finetune.train import finetune
-half = load_recipe(Path({folder!r}) / "straight.yaml", ["output={folder}/half-2", "training.steps=3"])
+
+folder, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
+half = load_recipe(folder / "straight.yaml", [f"output={folder / 'fsdp2'}", "training.steps=3"])
 finetune(half, quiet=True)
 if PartialState().is_main_process:
-    shutil.copytree(half.output, Path({folder!r}) / "alone")
-finetune(load_recipe(Path({folder!r}) / "straight.yaml", ["output={folder}/half-2"]), quiet=True, resume=True)
+    for name, (before, _, _) in changes.items():
+        shutil.copytree(folder / before, folder / f"goes on {name}")
+    shutil.copytree(folder / "fsdp2", folder / "alone")
+PartialState().wait_for_everyone()
+for name, (_, environment, refused) in changes.items():
+    recipe = load_recipe(folder / "straight.yaml", [f"output={folder / f'goes on {name}'}"])
+    with patch.dict(os.environ, environment):
+        if refused:
+            try:
+                finetune(recipe, quiet=True, resume=True)
+            except UserError as error:
+                (folder / f"refused {name}-{PartialState().process_index}").write_text(str(error))
+        finetune(recipe, quiet=True, resume=True, allow_changes=bool(refused))
 """
 
 
@@ -153,8 +178,11 @@ def shared() -> Path:
         if name in ZERO:
             path.with_suffix(".json").write_text(json.dumps(ZERO[name]), encoding="utf-8")
     resumes = folder / "resumes.py"
-    resumes.write_text(RESUMES.format(folder=str(folder)), encoding="utf-8")
-    for script, *arguments in ((SEVERAL, str(folder)), (resumes,)):
+    resumes.write_text(RESUMES, encoding="utf-8")
+    runs.finetune(
+        load_recipe(folder / "straight.yaml", [f"output={folder / 'one'}", "training.steps=3"]), quiet=True
+    )
+    for script, *arguments in ((SEVERAL, str(folder)), (resumes, str(folder), json.dumps(CHANGES))):
         codes, printed = nursery.run(script, *arguments, log=folder / "log", processes=2, **FSDP2)
         assert codes == [0, 0], printed[-3000:]
     errors = [error.read_text() for error in folder.glob("*.error")]
@@ -287,8 +315,16 @@ def test_each_process_saves_its_share() -> None:
     assert {path.suffix for path in checkpoint.path.iterdir()} == {".json", ".safetensors"}
 
 
-def test_what_is_shared_out_goes_on_bit_by_bit() -> None:
-    straight, resumed = (load_run(shared() / f"{name}-2") for name in ("straight", "half"))
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_goes_on_held_in_another_way(name: str) -> None:
+    folder, refused = shared(), CHANGES[name][2]
+    straight, resumed = load_run(folder / "straight-2"), load_run(folder / f"goes on {name}")
+    if refused:
+        for process in range(2):
+            lines = (folder / f"refused {name}-{process}").read_text().splitlines()[1:-1]
+            assert lines == [f"  {line}" for line in refused.splitlines()]
+        assert runs.same(felt(straight), felt(resumed), tolerance=1e-6)
+        return
     assert runs.same(runs.weights(straight), runs.weights(resumed))
     assert [row["loss"] for row in runs.evaluations(straight)] == [
         row["loss"] for row in runs.evaluations(resumed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 
 import runs
 from hf_finetune.data.spec import DataSpec
@@ -31,7 +31,7 @@ def shards(folder: Path, kind: str = "csv", rows: int = ROWS, count: int = SHARD
             "label": [("neg", "pos")[row % 2] for row in range(rows)],
         }
         path = folder / f"part-{shard}.{kind}"
-        data = Dataset.from_dict(table)
+        data = Dataset.from_dict(table, features=Features(dict.fromkeys(table, Value("string"))))
         {"csv": data.to_csv, "jsonl": data.to_json, "parquet": data.to_parquet}[kind](path)  # type: ignore[operator]
         paths.append(str(path))
     return paths
@@ -233,6 +233,42 @@ def test_a_broken_shard_names_the_place(tmp_path: Path) -> None:
     Path(paths[1]).write_text('{"text": "a", "label": "pos"}\n{"text": \n')
     with pytest.raises(FinetuneError, match=r"the stream broke off at row \d+ of 'part-1.jsonl'"):
         numbers(train, 12)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_shard_without_rows_is_passed_over(kind: str, tmp_path: Path) -> None:
+    paths = [*shards(tmp_path / "a", kind, rows=0, count=1), *shards(tmp_path / "b", kind, count=2)]
+    data = spec(paths, rows=None if kind == "parquet" else 2 * ROWS)
+    train = stream(data)
+    found = [row for batch in numbers(train, 6) for row in batch]
+    assert len(found) == len(set(found)) == len(train) == 2 * ROWS - 5
+
+
+@pytest.mark.parametrize("count", [2, LANES + 1])
+@pytest.mark.parametrize("left", [0, 300])
+def test_a_broken_parquet_file_is_named(count: int, left: int, tmp_path: Path) -> None:
+    paths = shards(tmp_path, "parquet", count=count)
+    Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:left])
+    with pytest.raises(FinetuneError, match=r"part-1\.parquet"):
+        load_streams(spec(paths, rows=None), seed=0)
+
+
+def test_parts_of_a_parquet_file_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    table = {"text": [f"film {row}" for row in range(40)], "label": ["neg", "pos"] * 20}
+    Dataset.from_dict(table).to_parquet(path, batch_size=20)
+    splits = load_streams(spec(str(path), rows=None), seed=0)
+    _, rows = next(splits.train.batches(36))  # type: ignore[union-attr]
+    assert "row 19 of row group 1 of 'x.parquet'" in {row["name"] for row in rows}
+    assert " 36 rows from 1 file," in splits.report.notes[-1]
+
+
+def test_more_rows_than_there_are_cannot_be_set_aside(tmp_path: Path) -> None:
+    with pytest.raises(
+        FinetuneError,
+        match=r"78 rows that can be used.* 0\.1 of the 5,000 that data\.rows.*Correct data\.rows",
+    ):
+        load_streams(spec(shards(tmp_path), rows=5_000), seed=0)
 
 
 def test_other_files_are_not_the_same_data(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ if case == "nan":
     hf_finetune.train.sample_losses = lambda kind, logits, *_, **__: logits.sum(1) * float("nan")
 if case == "memory" and rank == 1:
     after(hf_finetune.train, "sample_losses", 1, torch.OutOfMemoryError("full"))
+if case == "vanishes" and rank == 1:
+    hf_finetune.setup.load_backbone = lambda *_, **__: os._exit(7)
 if case == "backbone" and rank == 1:
     after(hf_finetune.setup, "load_backbone", 0, ModelError("backbone 'x': not on this machine."))
 recipe = sys.argv[2]
@@ -80,6 +82,7 @@ CASES = {
     "nan": ("step 1, epoch 1: the loss is nan", False),
     "memory": ("out of memory at 4 samples per forward pass", True),
     "backbone": ("backbone 'x': not on this machine.", False),
+    "vanishes": ("another process of this run has ended", False),
     "recipe": ("r.yaml.gone", False),
 }
 
@@ -103,13 +106,17 @@ def test_both_end_with_one_message(case: str, tmp_path: Path) -> None:
     printed = [log.read_text() for log in logs]
     message, is_left = CASES[case]
     code = 2 if case in ("backbone", "recipe") else 1
-    assert codes == [code, 1 if is_left else code], printed
+    other = {"vanishes": 7}.get(case, 1 if is_left else code)
+    assert codes == [code, other], printed
     errors = [line for text in printed for line in text.splitlines() if line.startswith("error: ")]
     assert sum(message.format(run=tmp_path / "run") in line for line in errors) == 1, printed
     assert len(errors) == 1 + is_left, errors
     assert not any("Traceback" in text for text in printed), printed
     if is_left:
-        assert "error: another process of this run has ended; it said why, if it still could" in errors
+        left = (
+            "error: another process of this run has ended; it said why, if it still could. `--resume` goes on"
+        )
+        assert any(line.startswith(left) for line in errors), errors
     if case in ("metrics", "frozen", "nan"):
         assert load_run(tmp_path / "run").status["status"] == "failed"
 

@@ -33,6 +33,9 @@ FILE_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 """File ending -> builder of `datasets` and its options."""
+STREAMED_ROWS = 1_000
+"""Rows of a parquet file that a stream decodes at once; left to itself `datasets` takes as many as the first row group
+has, and fails where these are none."""
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
 )
@@ -110,6 +113,8 @@ def read_files(files: list[Path], streaming: bool = False) -> Any:
             "data.train."
         )
     builder, options = FILE_BUILDERS[next(iter(kinds))]
+    if streaming and builder == "parquet":
+        options = {**options, "batch_size": STREAMED_ROWS}
     paths = [str(file.resolve()) for file in files]
     try:
         with quiet():

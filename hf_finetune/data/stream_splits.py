@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -23,7 +24,8 @@ from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import Splits, class_counts, decode, unmeasured_classes
 from hf_finetune.data.streams import LANES, MANY_SHARDS, Interleaved, Row, Shards, Stream
 from hf_finetune.data.targets import encode, find_labels, label_feature
-from hf_finetune.errors import DataError
+from hf_finetune.errors import DataError, HubError
+from hf_finetune.fetch import from_the_hub
 
 HELD_ROWS = 10_000
 """Rows that validation is read up to, and that a label column is searched for names."""
@@ -95,7 +97,15 @@ def load_streams(spec: DataSpec, *, seed: int, task: Task = "auto", samples: int
         )
     else:
         held_out = fraction
-        found = train.hold_back(min(HELD_ROWS, max(1, round(total * fraction))))
+        count = min(HELD_ROWS, max(1, round(total * fraction)))
+        found = train.hold_back(count)
+        if len(found) < count:
+            says = "their files" if known else "data.rows"
+            raise DataError(
+                f"data '{source.name}': train has {len(found):,} rows that can be used, no more than are set aside for "
+                f"validation, {fraction:g} of the {total:,} that {says} say. "
+                f"{'Look at the rows' if known else 'Correct data.rows'}, or lower data.validation."
+            )
         where["validation"] = asked
         notes.append(
             f"{len(found):,} rows of train are set aside for validation: the beginnings of files that are drawn with "
@@ -115,7 +125,8 @@ def load_streams(spec: DataSpec, *, seed: int, task: Task = "auto", samples: int
     said = (
         f"{train.samples:,} rows" if total else "rows of unknown number, so that an epoch is the whole run,"
     )
-    files = f" from {len(shards.names):,} file{'s'[: len(shards.names) > 1]}" if shards.names else ""
+    number = len(_files(shards.data)) if shards.names else 0
+    files = f" from {number:,} file{'s'[: number > 1]}" if number else ""
     notes.append(f"train is a stream: {said}{files}, {spec.shuffle_buffer:,} held at a time")
     report = DataReport(
         source=source.name,
@@ -176,23 +187,66 @@ def _open_split(source: Source, spec: DataSpec, asked: str) -> tuple[Shards, str
     for column, feature in features.items():
         if isinstance(feature, Image):
             data = data.cast_column(column, Image(decode=False))
-    files = _files(data)
     if isinstance(data, IterableDataset) and data.num_shards < LANES:
-        data = data.reshard()  # row groups of parquet files
-    names = [str(file).rpartition("/")[2] for file in files]
-    same = isinstance(data, IterableDataset) and len(names) == data.num_shards <= MANY_SHARDS
-    return Shards(data, tuple(names) if same else ()), name or asked
+        try:
+            data = data.reshard()  # row groups of parquet files
+        except Exception as error:
+            _parquet_rows(data)  # raises for the file that is broken
+            place = f"data '{source.name}': its files cannot be opened: {_first_line(error)}"
+            if from_the_hub(error):
+                raise HubError(f"{place}. Run again once the Hub answers.") from error
+            raise DataError(f"{place}. Repair or remove the broken one.") from error
+    return Shards(data, _names(data)), name or asked
+
+
+def _parts(data: IterableDataset) -> tuple[list[str], list[Any]]:
+    """Return the file that each shard is read from, as far as it is known, and which row groups of it; None for all."""
+    inner = data._ex_iterable
+    while not hasattr(inner, "kwargs"):
+        inner = inner.ex_iterable
+    files = inner.kwargs.get("base_files") or inner.kwargs.get("files") or []
+    groups = inner.kwargs.get("row_groups_list") or [None] * len(files)
+    return [str(file[0] if isinstance(file, tuple) else file) for file in files], groups
+
+
+def _names(data: Dataset | IterableDataset) -> tuple[str, ...]:
+    """Return what a person calls each shard by; nothing where a shard is no one file or part of one."""
+    if isinstance(data, Dataset):
+        return ()
+    files, groups = _parts(data)
+    if len(files) != data.num_shards or data.num_shards > MANY_SHARDS:
+        return ()
+    shares = Counter(files)
+    return tuple(
+        (f"row group {group[0]} of " if shares[file] > 1 else "") + repr(file.rpartition("/")[2])
+        for file, group in zip(files, groups, strict=True)
+    )
 
 
 def _files(data: Dataset | IterableDataset) -> list[str]:
     """Return the files a split is read from, as far as they are known."""
     if isinstance(data, Dataset):
         return [file["filename"] for file in data.cache_files]
-    inner = data._ex_iterable
-    while not hasattr(inner, "kwargs"):
-        inner = inner.ex_iterable
-    files = inner.kwargs.get("base_files") or inner.kwargs.get("files") or []
-    return list(dict.fromkeys(str(file[0] if isinstance(file, tuple) else file) for file in files))
+    return list(dict.fromkeys(_parts(data)[0]))
+
+
+def _parquet_rows(data: IterableDataset) -> int | None:
+    """Return the rows of parquet files of this machine, None of others. Raises DataError for a broken one."""
+    files, rows = [Path(file) for file in _files(data)], 0
+    if not files or not all(file.suffix == ".parquet" and file.is_file() for file in files):
+        return None
+    for file in files:
+        try:
+            rows += pq.read_metadata(file).num_rows
+        except Exception as error:
+            raise DataError(
+                f"data '{file}': it cannot be read as parquet: {_first_line(error)}. Repair or remove this file."
+            ) from error
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _known_rows(shards: Shards, split: str) -> int | None:
@@ -202,10 +256,7 @@ def _known_rows(shards: Shards, split: str) -> int | None:
     info = (shards.data.info.splits or {}).get(split)
     if info is not None and info.num_examples:
         return int(info.num_examples)
-    files = [Path(file) for file in _files(shards.data)]
-    if files and all(file.suffix == ".parquet" and file.is_file() for file in files):
-        return sum(pq.read_metadata(file).num_rows for file in files)
-    return None
+    return _parquet_rows(shards.data)
 
 
 def _head(shards: Shards, source: Source) -> Dataset:

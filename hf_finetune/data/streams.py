@@ -41,7 +41,7 @@ class Shards:
 
     data: Dataset | IterableDataset
     names: tuple[str, ...] = ()
-    """The shards' files, where each is one."""
+    """What the shards are called, where each is a file or a part of one."""
 
     @property
     def count(self) -> int:
@@ -62,7 +62,7 @@ class Shards:
         """Return what a person finds a row by."""
         if isinstance(self.data, Dataset):
             return f"row {shard}"
-        return f"row {row} of {repr(self.names[shard]) if self.names else f'shard {shard}'}"
+        return f"row {row} of {self.names[shard] if self.names else f'shard {shard}'}"
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Interleaved:
 
     def _failed(self, shard: int, row: int, error: Exception) -> FinetuneError:
         cause = error.__cause__ or error
-        text = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:300].rstrip(".")
+        text = (" ".join(str(cause).split()) or type(cause).__name__)[:300].rstrip(".")
         place = f"data '{self.where}': the stream broke off at {self.shards.name(shard, row)}: {text}"
         if from_the_hub(error):
             return HubError(
