@@ -279,11 +279,12 @@ BROKEN = [
     Broken(
         "section by almost its name",
         """
+        strategy: frozen
         train:
           epochs: 3
         """,
         """
-        recipe.yaml:1: train
+        recipe.yaml:2: train
           unknown key, given {epochs: 3}
           did you mean 'training'?
           allowed: extends, task, backbone, data, augment, strategy, optimizer, schedule, training, cache, monitor, trackers, output, hub

@@ -192,10 +192,10 @@ def _open_split(source: Source, spec: DataSpec, asked: str) -> tuple[Shards, str
             data = data.reshard()  # row groups of parquet files
         except Exception as error:
             _parquet_rows(data)  # raises for the file that is broken
-            place = f"data '{source.name}': its files cannot be opened: {_first_line(error)}"
+            what = f"data '{source.name}': its files cannot be opened: {_first_line(error)}"
             if from_the_hub(error):
-                raise HubError(f"{place}. Run again once the Hub answers.") from error
-            raise DataError(f"{place}. Repair or remove the broken one.") from error
+                raise HubError(f"{what}. Run again once the Hub answers.") from error
+            raise DataError(f"{what}. Repair or remove the broken one.") from error
     return Shards(data, _names(data)), name or asked
 
 
