@@ -46,6 +46,7 @@ def test_compiled_and_plain_steps_agree(case: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("case", CASES)
 def test_torch_s_own_compiler_trains_the_same(case: str, tmp_path: Path) -> None:
     name, changes = CASES[case]
+    name = {"bert": "bert-dry"}.get(name, name)  # compiled code draws dropout from a generator of its own
     plain = _losses(name, tmp_path / "plain", **changes, training={"compile": "off"})
     assert _losses(name, tmp_path / "compiled", **changes, training={"compile": "on"}) == pytest.approx(
         plain, rel=1e-4
