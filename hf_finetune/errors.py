@@ -50,6 +50,11 @@ class Interrupted(FinetuneError):
     exit_code = 130
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says in its first line, its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str | None:
     """Return the allowed name closest to `name`, or None when nothing is close."""
     allowed = list(allowed)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_finetune.data.loaders import EvalSet, collate
-from hf_finetune.errors import FinetuneError, UserError, did_you_mean
+from hf_finetune.errors import FinetuneError, UserError, did_you_mean, first_line
 from hf_finetune.models.backbone import Backbone, ImageInput, TextInput
 from hf_finetune.models.load import forward, save_beside
 from hf_finetune.runfolder import load_run, writing
@@ -195,7 +195,8 @@ def _trace(model: nn.Module, inputs: dict[str, Tensor], backbone: Backbone) -> t
                     )
             except Exception as error:  # of hundreds of architectures each fails in its own way
                 failed = failed or error
-    said = (str(failed).strip().splitlines() or [type(failed).__name__])[0]
+    assert failed is not None, "something was tried"
+    said = first_line(failed)
     raise FinetuneError(
         f"export: torch.export {torch.__version__} cannot trace {backbone.source['architecture']}: {said}"
     ) from failed

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from hf_finetune import deepspeed
-from hf_finetune.errors import ModelError, UserError
+from hf_finetune.errors import ModelError, UserError, first_line
 from hf_finetune.models.anatomies import module_groups
 from hf_finetune.models.anatomy import Anatomy
 from hf_finetune.models.backbone import Backbone
@@ -150,7 +150,7 @@ def share_out(backbone: Backbone, models: Sequence[nn.Module], accelerator: Acce
         AssertionError,
         NotImplementedError,
     ) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise ModelError(
             f"{where}: {backbone.source['architecture']} does not run with its parameters shared out by FSDP2 "
             f"({first}). Train with DDP."

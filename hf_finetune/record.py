@@ -18,7 +18,7 @@ from torch import nn
 from hf_finetune.checkpoint import Checkpoint
 from hf_finetune.durable import sync_folder
 from hf_finetune.emissions import Emissions, added, start_metering
-from hf_finetune.errors import FinetuneError, Interrupted
+from hf_finetune.errors import FinetuneError, Interrupted, first_line
 from hf_finetune.evaluation import Evaluation
 from hf_finetune.freeze import weights_fingerprint
 from hf_finetune.hub.artefact import describe, write_artefact
@@ -266,7 +266,7 @@ class Record:
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, Interrupted)):
                 self.status = "interrupted"
-            self.why = self.why or (str(error).splitlines() or [type(error).__name__])[0]
+            self.why = self.why or first_line(error)
             # On a full or vanished disk what came first is what to tell; the other processes may be elsewhere.
             with suppress(FinetuneError):
                 if self.is_main:

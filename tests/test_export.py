@@ -28,8 +28,8 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "timm cnn": ("resnet", {"strategy": "full"}, ["pixel_values"]),
     "timm vit": ("vit", {"strategy": "full"}, ["pixel_values"]),
     "timm adapter": ("resnet", LORA, ["pixel_values"]),
-    "text": ("bert", {"strategy": "full"}, ["attention_mask", "input_ids"]),
-    "text adapter": ("bert", LORA, ["attention_mask", "input_ids"]),
+    "text": ("bert", {"strategy": "full"}, ["attention_mask", "input_ids", "token_type_ids"]),
+    "text adapter": ("bert", LORA, ["attention_mask", "input_ids", "token_type_ids"]),
     "image": ("vision-vit", {"strategy": "full"}, ["pixel_values"]),
 }
 

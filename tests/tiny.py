@@ -197,13 +197,16 @@ def transformers_folder(
         _shake(model)
     with quiet():
         model.save_pretrained(folder)
-    beside: Any = image_processor() if vision else tokenizer()
+    beside: Any = image_processor() if vision else tokenizer(tell_pairs=family == "bert")
     beside.save_pretrained(folder)
     return folder
 
 
-def tokenizer() -> Any:
-    """Return a tokenizer of whole words over `VOCABULARY`, 128 tokens long, padding with id 1."""
+def tokenizer(*, tell_pairs: bool = False) -> Any:
+    """Return a tokenizer of whole words over `VOCABULARY`, 128 tokens long, padding with id 1.
+
+    With `tell_pairs` it gives `token_type_ids`, as BERT's does.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -213,7 +216,10 @@ def tokenizer() -> Any:
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     special = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=128, **special)
+    names = ["input_ids", *(["token_type_ids"] if tell_pairs else []), "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=128, model_input_names=names, **special
+    )
 
 
 def image_processor(**changes: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
-from hf_finetune.errors import DataError
+from hf_finetune.errors import DataError, first_line
 
 MAX_HEADERS = 20_000
 """Images of a split whose headers are read up front; of more, only a sample is, to keep nobody waiting."""
@@ -131,6 +131,4 @@ def _image_size(cell: Any) -> tuple[int, int]:
 def _reason(error: Exception) -> str:
     """Return a decoder's complaint in a few words, without the row's name, which the caller says."""
     words = {"UnidentifiedImageError": "it is no image PIL knows", "FileNotFoundError": "the file is missing"}
-    return words.get(type(error).__name__) or (str(error).splitlines() or [type(error).__name__])[0][
-        :200
-    ].rstrip(".")
+    return words.get(type(error).__name__) or first_line(error)[:200].rstrip(".")

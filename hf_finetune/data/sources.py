@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 
 from hf_finetune import shipped
 from hf_finetune.data.spec import DataSpec
-from hf_finetune.errors import DataError, FinetuneError, HubError, did_you_mean
+from hf_finetune.errors import DataError, FinetuneError, HubError, did_you_mean, first_line
 from hf_finetune.fetch import COMMIT, Wanted, from_the_hub, hub_folder, pin, refusal, verify
 
 # an empty cell is a missing value; "NA", "None" and "null" are words that somebody may have written
@@ -124,7 +124,7 @@ def read_files(files: list[Path], streaming: bool = False) -> Any:
     except Exception as error:
         raise DataError(
             f"data '{', '.join(str(file) for file in files)}': it cannot be read as {builder}: "
-            f"{_first_line(error.__cause__ or error)} Every row needs the same columns, in UTF-8; repair that place."
+            f"{_sentence(error.__cause__ or error)} Every row needs the same columns, in UTF-8; repair that place."
         ) from error
 
 
@@ -138,7 +138,7 @@ def open_folder(path: Path, streaming: bool = False) -> Source:
             loaded = datasets.load_from_disk(str(path))
         except Exception as error:
             raise DataError(
-                f"data '{path}': a folder from save_to_disk that cannot be read: {_first_line(error)} Save "
+                f"data '{path}': a folder from save_to_disk that cannot be read: {_sentence(error)} Save "
                 "it again."
             ) from error
         splits = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
@@ -327,7 +327,7 @@ def _hub_problem(spec: DataSpec, wanted: Wanted, error: Exception) -> FinetuneEr
             return refusal(wanted, refused)
     if from_the_hub(error):
         return refusal(wanted, error)
-    return DataError(f"data '{path}': it could not be loaded: {_first_line(error.__cause__ or error)}")
+    return DataError(f"data '{path}': it could not be loaded: {_sentence(error.__cause__ or error)}")
 
 
 def _existing(path: str) -> Path:
@@ -341,9 +341,8 @@ def _existing(path: str) -> Path:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300].rstrip(".") + "."
+def _sentence(error: BaseException) -> str:
+    return first_line(error)[:300].rstrip(".") + "."
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from hf_finetune.data.spec import DataSpec
 from hf_finetune.data.splits import Splits, class_counts, decode, unmeasured_classes
 from hf_finetune.data.streams import LANES, MANY_SHARDS, Interleaved, Row, Shards, Stream
 from hf_finetune.data.targets import encode, find_labels, label_feature
-from hf_finetune.errors import DataError, HubError
+from hf_finetune.errors import DataError, HubError, first_line
 from hf_finetune.fetch import from_the_hub
 
 HELD_ROWS = 10_000
@@ -192,7 +192,7 @@ def _open_split(source: Source, spec: DataSpec, asked: str) -> tuple[Shards, str
             data = data.reshard()  # row groups of parquet files
         except Exception as error:
             _parquet_rows(data)  # raises for the file that is broken
-            what = f"data '{source.name}': its files cannot be opened: {_first_line(error)}"
+            what = f"data '{source.name}': its files cannot be opened: {first_line(error).rstrip('.')}"
             if from_the_hub(error):
                 raise HubError(f"{what}. Run again once the Hub answers.") from error
             raise DataError(f"{what}. Repair or remove the broken one.") from error
@@ -240,13 +240,10 @@ def _parquet_rows(data: IterableDataset) -> int | None:
             rows += pq.read_metadata(file).num_rows
         except Exception as error:
             raise DataError(
-                f"data '{file}': it cannot be read as parquet: {_first_line(error)}. Repair or remove this file."
+                f"data '{file}': it cannot be read as parquet: {first_line(error).rstrip('.')}. "
+                "Repair or remove this file."
             ) from error
     return rows
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _known_rows(shards: Shards, split: str) -> int | None:

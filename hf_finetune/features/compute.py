@@ -23,7 +23,7 @@ from hf_finetune.features.store import Column, Stored, StoreError, Writer, bytes
 BATCH = 32
 """Samples that run through the prefix together, on an accelerator more of short texts: always the same ones, so that
 features are the same to the bit."""
-CHECKED = 4
+CHECKED = 8
 """Stored rows that are computed anew and compared when features are found on disk."""
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """How far these may lie apart, as a share of the largest value: batches of other sizes round differently."""

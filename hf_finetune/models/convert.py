@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.models import load_state_dict
 
 from hf_finetune.data.labels import Labels
-from hf_finetune.errors import ModelError
+from hf_finetune.errors import ModelError, first_line
 from hf_finetune.models import load_timm
 from hf_finetune.models.layout import CONFIG, WEIGHTS
 from hf_finetune.models.source import Source
@@ -46,7 +46,7 @@ def unpickled(spec: BackboneSpec, source: Source, folder: Path) -> Source:
     except Exception as error:
         raise ModelError(
             f"{where}: {source.pickle} holds more than tensors, or is damaged, and is not read: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]} Convert it to safetensors where you trust it."
+            f"{first_line(error)} Convert it to safetensors where you trust it."
         ) from None
     for beside in source.folder.iterdir():
         if beside.is_file() and not beside.name.endswith((".safetensors", source.pickle)):

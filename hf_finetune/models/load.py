@@ -19,7 +19,7 @@ from timm.layers import set_reentrant_ckpt
 from torch import nn
 
 from hf_finetune.data.labels import Labels
-from hf_finetune.errors import ModelError
+from hf_finetune.errors import ModelError, first_line
 from hf_finetune.fetch import COMMIT
 from hf_finetune.models import load_timm
 from hf_finetune.models.anatomies import module_groups, output_layers, timm_anatomy, transformers_anatomy
@@ -205,7 +205,7 @@ def _merged_into_base(spec: BackboneSpec, source: Source, modality: Modality, fo
     except Exception as error:
         raise ModelError(
             f"{where}: this adapter cannot be merged into its base model '{source.base.id}': "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}. Start from the base model, or from a run with "
+            f"{first_line(error)}. Start from the base model, or from a run with "
             "`strategy.merge: true`."
         ) from error
     save_backbone(replace(base, model=model), folder, labels)

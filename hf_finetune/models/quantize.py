@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_finetune.errors import ModelError
+from hf_finetune.errors import ModelError, first_line
 from hf_finetune.models.adapter_targets import block_layers
 from hf_finetune.models.anatomies import module_groups
 from hf_finetune.models.backbone import Backbone
@@ -158,7 +158,7 @@ def _bytes(model: nn.Module) -> int:
 
 
 def _cannot(bnb: Any, kind: Quantize, device: torch.device, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    reason = first_line(error).rstrip(".")
     return (
         f"backbone.quantize: bitsandbytes {bnb.__version__} cannot compute in {kind} on {device} with torch "
         f"{torch.__version__} ({reason}). Remove backbone.quantize, or run on hardware that it supports."

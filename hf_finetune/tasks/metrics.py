@@ -13,7 +13,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from hf_finetune.data.spec import LabelKind
-from hf_finetune.errors import UserError, did_you_mean
+from hf_finetune.errors import UserError, did_you_mean, first_line
 from hf_finetune.monitor import Mode
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def _from_evaluate(name: str, kind: LabelKind, labels: np.ndarray, logits: np.nd
 
 
 def _no_metric(name: str, kind: LabelKind, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return (
         f"metric '{EVALUATE_PREFIX}{name}' cannot be computed: {reason} "
         f"Use one of {', '.join(metric_names(kind))}, or check the name and the network."
